@@ -38,7 +38,6 @@ Shapes: T steps, N environments, M rows of a minibatch, O numbers in an observat
 import dataclasses
 import json
 import math
-import pickle
 import re
 import sys
 import time
@@ -274,7 +273,7 @@ def train(args):
             means = update(policy, value, optimizer, batch, clip_coef, args)
 
             returns, running = episode_returns(reward, done, running)
-            unexplained = (target - old_value[:-1])[valid].var() / target[valid].var()
+            unexplained = advantage[valid].var() / (target[valid].var() + 1e-8)
             run.log(batch_size, returns, explained_variance=1 - unexplained, learning_rate=rate,
                     **means)
         if args.eval_episodes > 0:
@@ -436,10 +435,8 @@ class Run:
                 setattr(self, name, state["run"][name])
             torch.set_rng_state(state["rng"][0])
             torch.cuda.set_rng_state_all(state["rng"][1:])
-        except FileNotFoundError:
-            fail(f"--resume {self.dir}: no checkpoint.pt there")
-        except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, ValueError) as error:
-            fail(f"--resume {self.dir}: checkpoint.pt is not of such a run: {error}")
+        except Exception as error:  # a file that is missing, torn or foreign fails in many ways
+            fail(f"--resume {self.dir}: no checkpoint.pt of such a run there: {error}")
 
     def __enter__(self):
         return self
@@ -479,7 +476,7 @@ def prepare(args):
     """Refuse numbers out of range, seed torch, set its threads; returns the device."""
     for field in dataclasses.fields(args):
         value, name = getattr(args, field.name), field.name.replace("_", "-")
-        high = 1 if name in ("gamma", "gae-lambda", "trace-lambda", "epsilon") else math.inf
+        high = 1 if name in ("gamma", "gae-lambda", "trace-lambda", "epsilon") else 1e300
         low = 1 if type(value) is int and name not in ("seed", "eval-episodes") else 0
         if type(value) in (int, float) and name != "stop-at" and not low <= value <= high:
             fail(f"--{name} {value}: must be at least {low}" + " and at most 1" * (high == 1))

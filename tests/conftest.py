@@ -1,0 +1,55 @@
+"""What the tests share: the scripts as modules, and a stand-in for Run that soon stops."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "ppo"]
+SCRIPTS = [name for name in [*LADDER, "grpo", "dpo"] if (ROOT / f"{name}.py").exists()]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+@pytest.fixture(params=LADDER)
+def script(request):
+    """Each control script in turn, as a module."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The scripts set it too; tests that call their functions directly shall be as fast."""
+    torch.set_num_threads(1)
+
+
+class OneUpdate:
+    """Stands in for Run: writes nothing, ends after `updates`, keeps what it was given."""
+
+    def __init__(self, updates=1):
+        self.updates, self.step, self.iteration, self.score, self.rows = updates, 0, 0, 0.0, []
+
+    def __call__(self, args, threshold, **parts):
+        self.parts = parts
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+    @property
+    def finished(self):
+        return self.iteration >= self.updates
+
+    def log(self, steps, returns, **means):
+        self.step, self.iteration = self.step + int(steps), self.iteration + 1
+        self.rows.append((int(steps), returns, means))
+
+
+@pytest.fixture
+def one_update():
+    return OneUpdate()

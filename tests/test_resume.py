@@ -1,0 +1,170 @@
+"""Killed and resumed: the same weights to the last bit, or every saved value back."""
+
+import importlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+
+def load(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def start(name, *flags):
+    return subprocess.Popen(
+        [sys.executable, ROOT / f"{name}.py", *map(str, flags)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def leaves(state, path=""):
+    """Every value in a checkpoint, with the path to it."""
+    items = state.items() if isinstance(state, dict) else enumerate(state)
+    for key, value in items:
+        if isinstance(value, dict | list):
+            yield from leaves(value, f"{path}/{key}")
+        else:
+            yield f"{path}/{key}", value
+
+
+def assert_same(first, second, but=("/run/seconds", "/run/passed")):
+    first, second = dict(leaves(first)), dict(leaves(second))
+    assert first.keys() == second.keys()
+    for path, value in first.items():
+        if path not in but:
+            same = (
+                torch.equal(value, second[path])
+                if isinstance(value, torch.Tensor)
+                else value == second[path]
+            )
+            assert same, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["reinforce", "reinforce_baseline"])
+def test_killed_and_resumed_is_never_killed(name, tmp_path):
+    flags = ["--total-timesteps", 60_000, "--checkpoint-every", 3, "--seed", 3, "--num-envs", 8]
+    whole = start(name, *flags, "--run-dir", tmp_path / "whole")
+    assert whole.wait(120) == 0
+    killed, rng, kills = tmp_path / "killed", random.Random(0), 0
+    process = start(name, *flags, "--run-dir", killed)
+    while not (killed / "checkpoint.pt").exists():
+        time.sleep(0.01)
+    while True:
+        try:
+            process.wait(rng.uniform(0.05, 0.6) if kills == 0 else rng.uniform(2.0, 3.0))
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            load(killed)  # whole after every kill
+            process = start(name, "--resume", killed)
+            if kills == 4:
+                process.wait(120)
+                break
+    assert process.returncode == 0 and kills > 0
+    assert_same(load(tmp_path / "whole"), load(killed))
+    rows = [
+        [line.split(",")[0], *line.split(",")[2:]]
+        for line in (tmp_path / "whole" / "metrics.csv").read_text().splitlines()
+    ]
+    again = [
+        [line.split(",")[0], *line.split(",")[2:]]
+        for line in (killed / "metrics.csv").read_text().splitlines()
+    ]
+    assert rows == again, "metrics.csv differs but for its seconds"
+
+
+@pytest.mark.parametrize("name", ["actor_critic", "ppo"])
+def test_every_saved_value_is_restored(name, tmp_path, monkeypatch):
+    script = importlib.import_module(name)
+    first = script.Args(run_dir=str(tmp_path), total_timesteps=8_192, num_envs=16)
+    script.train(first)
+    saved = load(tmp_path)
+    seen = {}
+    init = script.Run.__init__
+
+    def spy(run, *args, **parts):
+        init(run, *args, **parts)
+        run.save()
+        seen.update(load(run.dir))
+        seen["run"]["seconds"] = saved["run"]["seconds"]
+
+    monkeypatch.setattr(script.Run, "__init__", spy)
+    args = script.Args(
+        run_dir=str(tmp_path), total_timesteps=16_384, num_envs=16, resume=str(tmp_path)
+    )
+    torch.manual_seed(123)
+    script.train(args)
+    for state in (seen, saved):  # the step size is the flags' and the schedule's
+        for group in state["optimizer"]["param_groups"]:
+            del group["lr"]
+    assert_same(saved, seen)
+    steps = [
+        int(line.split(",")[0]) for line in (tmp_path / "metrics.csv").read_text().splitlines()[1:]
+    ]
+    assert steps == sorted(set(steps)) and steps[-1] >= 16_384
+    seconds = [
+        float(line.split(",")[1])
+        for line in (tmp_path / "metrics.csv").read_text().splitlines()[1:]
+    ]
+    assert seconds == sorted(seconds)
+
+
+def test_resume_takes_flags_from_the_run_and_the_command_line(script, tmp_path, monkeypatch):
+    steps = 4_096
+    script.train(script.Args(run_dir=str(tmp_path), total_timesteps=steps, num_envs=16, gamma=0.9))
+    monkeypatch.setattr(sys, "argv", ["x", "--resume", str(tmp_path), "--learning-rate", "0.125"])
+    args = script.parse(script.Args)
+    assert (args.gamma, args.num_envs, args.learning_rate, args.resume) == (
+        0.9,
+        16,
+        0.125,
+        str(tmp_path),
+    )
+
+
+@pytest.mark.parametrize("name", ["reinforce", "reinforce_baseline"])
+def test_the_learning_rate_flag_holds_after_a_resume(name, tmp_path):
+    script = importlib.import_module(name)
+    first = script.Args(run_dir=str(tmp_path), total_timesteps=1_000, num_envs=16)
+    script.train(first)
+    before = load(tmp_path)["policy"]
+    frozen = script.Args(
+        resume=str(tmp_path), total_timesteps=2_000, num_envs=16, learning_rate=0.0
+    )
+    script.train(frozen)
+    assert_same(before, load(tmp_path)["policy"])
+
+
+def test_lines_after_the_checkpoint_are_dropped(script, tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,seconds,score\n100,1,2\n200,2,3\n300,3,4\n2")
+    script.open_metrics(path, 200).close()
+    assert path.read_text() == "step,seconds,score\n100,1,2\n200,2,3\n"
+    script.open_metrics(path, 0).close()
+    assert path.read_text() == ""
+
+
+def test_a_kill_during_save_leaves_the_old_checkpoint(script, tmp_path, monkeypatch):
+    script.train(script.Args(run_dir=str(tmp_path), total_timesteps=2_048, num_envs=16))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def torn(state, path):
+        path.write_bytes(b"half of it")
+        raise OSError("killed")
+
+    monkeypatch.setattr(script.torch, "save", torn)
+    with pytest.raises(OSError):
+        script.train(script.Args(resume=str(tmp_path), total_timesteps=4_096, num_envs=16))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert os.path.exists(tmp_path / "checkpoint.tmp")

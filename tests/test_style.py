@@ -1,0 +1,186 @@
+"""What the files promise of themselves: same name same bytes, tags, sizes, no side effects."""
+
+import ast
+import io
+import re
+import subprocess
+import sys
+import tokenize
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+FLOW = (ast.For, ast.While, ast.If, ast.With, ast.Try)
+TAG = re.compile(r"\[C\d+\]|\(\d{1,2}(?:\.\d+)?\)")  # [C1] or (7) or (13.8)
+
+
+@pytest.fixture(params=SCRIPTS)
+def source(request):
+    return (ROOT / f"{request.param}.py").read_text()
+
+
+def named_blocks(source):
+    lines, tree = source.splitlines(), ast.parse(source)
+    for node in tree.body:
+        if isinstance(node, (*FUNCTION, ast.ClassDef)) and node.name not in ("Args", "train"):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            yield node.name, "\n".join(lines[first - 1 : node.end_lineno])
+
+
+def test_same_name_same_bytes():
+    seen = {}
+    for name in SCRIPTS:
+        for block, text in named_blocks((ROOT / f"{name}.py").read_text()):
+            assert seen.setdefault(block, text) == text, (
+                f"{block} in {name}.py differs from another's"
+            )
+
+
+def comments(source):
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return "\n".join(token.string for token in tokens if token.type == tokenize.COMMENT)
+
+
+def test_every_tag_is_in_the_docstring_and_in_the_code(source):
+    promised = set(TAG.findall(ast.get_docstring(ast.parse(source))))
+    kept = set(TAG.findall(comments(source)))
+    assert promised == kept
+
+
+def test_every_flag_is_read(source):
+    tree = ast.parse(source)
+    args = next(
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"
+    )
+    flags = {node.target.id for node in args.body if isinstance(node, ast.AnnAssign)}
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args")
+    }
+    assert flags <= read, f"never read: {flags - read}"
+    for node in args.body:
+        line = source.splitlines()[node.lineno - 1]
+        assert "  # " in line, f"no help: {line}"
+
+
+def code_lines(source, first, last):
+    """Lines from first to last that hold code: no blanks, comments, docstrings."""
+    skip, prose = (
+        (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
+        set(),
+    )
+    for node in ast.walk(ast.parse(source)):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
+            prose.update(range(node.lineno, node.end_lineno + 1))
+    code = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in skip:
+            code.update(range(token.start[0], token.end[0] + 1))
+    return len([line for line in code - prose if first <= line <= last])
+
+
+def depth(nodes, level=0):
+    deepest = level
+    for node in nodes:
+        inner = level + isinstance(node, FLOW)
+        for field in ("body", "orelse", "finalbody", "handlers"):
+            block = getattr(node, field, None)
+            if isinstance(block, list):
+                is_elif = field == "orelse" and len(block) == 1 and isinstance(block[0], ast.If)
+                deepest = max(deepest, depth(block, level if is_elif else inner))
+    return deepest
+
+
+def test_functions_fit_a_screen(source):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, FUNCTION):
+            is_train = node.name == "train"
+            assert code_lines(source, node.lineno, node.end_lineno) <= (50 if is_train else 40), (
+                node.name
+            )
+            assert depth(node.body) <= (4 if is_train else 3), node.name
+
+
+def test_lines_fit_a_page(source):
+    assert max(map(len, source.splitlines())) <= 100
+
+
+def test_order_of_a_file(source):
+    tree = ast.parse(source)
+    first = [node.name for node in tree.body if isinstance(node, (*FUNCTION, ast.ClassDef))]
+    lines = {
+        node.name: node.lineno for node in tree.body if isinstance(node, (*FUNCTION, ast.ClassDef))
+    }
+    assert first[0] == "Args" and lines[first[1]] <= 100, (
+        "the algorithm comes right after the flags"
+    )
+    mark = next(
+        i for i, line in enumerate(source.splitlines(), 1) if line.startswith("# Below this line")
+    )
+    assert lines["train"] < mark
+    last = tree.body[-1]
+    assert isinstance(last, ast.If) and ast.unparse(last.body) == "train(parse(Args))"
+
+
+def test_no_script_imports_another(source):
+    for node in ast.walk(ast.parse(source)):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert not set(names) & set(SCRIPTS)
+
+
+def test_script_metadata_agrees_with_requirements(source):
+    block = re.search(r"^# /// script\n(.*?)^# ///$", source, re.M | re.S).group(1)
+    required = set((ROOT / "requirements.txt").read_text().split())
+    pinned = re.findall(r'"([\w-]+==[\d.]+)"', block)
+    assert pinned and set(pinned) <= required
+    assert 'requires-python = ">=3.11"' in block
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_import_has_no_side_effect(name, tmp_path):
+    check = (
+        f"import sys, os, torch; sys.path.insert(0, {str(ROOT)!r}); "
+        "threads = torch.get_num_threads(); "
+        f"seed = torch.initial_seed(); import {name}; assert torch.get_num_threads() == threads; "
+        "assert torch.initial_seed() == seed; assert not os.listdir('.'); "
+        "assert 'wandb' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", check],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_pure_functions_leave_their_inputs_alone(script):
+    """The algorithm's functions, by their names, take no args object and no global."""
+    source = (ROOT / f"{script.__name__}.py").read_text()
+    pure = {
+        "returns_to_go",
+        "discounts",
+        "importance_weight",
+        "policy_gradient_loss",
+        "value_loss",
+        "td_error",
+        "accumulate",
+        "gae",
+        "normalize",
+        "ppo_loss",
+        "policy_change",
+        "minibatches",
+        "episode_returns",
+    }
+    for node in ast.parse(source).body:
+        if isinstance(node, FUNCTION) and node.name in pure:
+            loaded = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            assert "args" not in loaded and "self" not in loaded

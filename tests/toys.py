@@ -1,0 +1,140 @@
+"""Environments small enough to know the answer; registered for tests as "toys:Name-v0"."""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Discrete, MultiBinary
+
+
+class Toy(gym.Env):
+    """One number observed, two actions; subclasses say what happens."""
+
+    observation_space, action_space = Box(-100, 100, (1,), np.float32), Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.start = 0, float(self.np_random.choice([-1.0, 1.0]))
+        return self.see(0.0), {}
+
+    def see(self, number):
+        return np.array([number], dtype=np.float32)
+
+
+class Constant(Toy):
+    """Reward 1 and the end: V = 1."""
+
+    def step(self, action):
+        return self.see(0), 1.0, True, False, {}
+
+
+class Observed(Toy):
+    """The reward is the observation, -1 or 1: V(s) = s."""
+
+    def reset(self, **kwargs):
+        super().reset(**kwargs)
+        return self.see(self.start), {}
+
+    def step(self, action):
+        return self.see(0), self.start, True, False, {}
+
+
+class Delayed(Toy):
+    """Two steps, reward 1 on the second: V(0) = gamma, V(1) = 1."""
+
+    def step(self, action):
+        self.t += 1
+        return self.see(self.t), float(self.t == 2), self.t == 2, False, {}
+
+
+class Chosen(Toy):
+    """Reward 1 for action 1, -1 for action 0, and the end."""
+
+    def step(self, action):
+        return self.see(0), 2.0 * action - 1, True, False, {}
+
+
+class Matching(Toy):
+    """Reward 1 where the action's sign is the observation's, -1 elsewhere, and the end."""
+
+    def reset(self, **kwargs):
+        super().reset(**kwargs)
+        return self.see(self.start), {}
+
+    def step(self, action):
+        return self.see(0), self.start * (2.0 * action - 1), True, False, {}
+
+
+class Endless(Toy):
+    """Reward 1 for ever; only a time limit interrupts: V = 1 / (1 - gamma), not less."""
+
+    def step(self, action):
+        return self.see(0), 1.0, False, False, {}
+
+
+class Bait(Toy):
+    """An episode of one step from 0 is worth 1, from 1 it is worth 0, and all end in 1.
+
+    So V(1) = 0. Who learns from reset-only rows takes the step from a last observation 1 to the
+    next episode's start for a transition, and finds V(1) > 0.
+    """
+
+    def reset(self, **kwargs):
+        super().reset(**kwargs)
+        return self.see(float(self.start > 0)), {}
+
+    def step(self, action):
+        return self.see(1), float(self.start < 0), True, False, {}
+
+
+class Target(Toy):
+    """Box action: reward minus the squared distance to 0.5, and the end."""
+
+    action_space = Box(-1, 1, (1,), np.float32)
+
+    def step(self, action):
+        return self.see(0), -float((action[0] - 0.5) ** 2), True, False, {}
+
+
+class BrokenReward(Toy):
+    """The reward is not a number from the 300th step on."""
+
+    steps = 0
+
+    def step(self, action):
+        BrokenReward.steps += 1
+        self.t += 1
+        return (
+            self.see(0),
+            float("nan") if BrokenReward.steps > 300 else 1.0,
+            self.t == 5,
+            False,
+            {},
+        )
+
+
+class BrokenObservation(Toy):
+    """The observation is infinite from the start."""
+
+    def step(self, action):
+        return self.see(np.inf), 0.0, True, False, {}
+
+
+class Switches(Toy):
+    """An action space that the scripts do not support."""
+
+    action_space = MultiBinary(3)
+
+
+for kind in (
+    Constant,
+    Observed,
+    Delayed,
+    Chosen,
+    Matching,
+    Bait,
+    Target,
+    BrokenReward,
+    BrokenObservation,
+    Switches,
+):
+    gym.register(f"{kind.__name__}-v0", kind)
+gym.register("Endless-v0", Endless, max_episode_steps=10)
