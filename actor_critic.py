@@ -65,7 +65,7 @@ class Args:
     trace_lambda: float = 0.8  # λ: 0 is one-step actor-critic, 1 sums up whole returns
     exact_discount: bool = True  # weight the actor's step t by I = γ^t [C1]
     continuing: bool = False  # maximise the mean reward per step, without γ [C5]
-    average_reward_rate: float = 0.01  # α_R, step size of the mean reward R̄
+    average_reward_rate: float = 1e-3  # α_R, step size of the mean reward R̄
     log_every: int = 32  # updates per row of metrics.csv
     eval_episodes: int = 0  # episodes of the most probable actions to play after training
     stop_at: float | None = None  # end when the mean return of 100 episodes reaches this
@@ -385,7 +385,7 @@ class Run:
         if self.iteration % self.args.checkpoint_every == 0:
             self.save()
         self.bar.set_postfix_str(f"score {self.score:.1f}", refresh=False)
-        self.bar.update(self.step - self.bar.n)
+        self.bar.update(min(self.step, self.bar.total) - self.bar.n)
         if self.bar.disable and now - self.shown > 5:
             self.shown = now
             print(f"step {self.step:,}, score {self.score:.1f}, {self.seconds:.0f} s", flush=True)

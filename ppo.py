@@ -58,11 +58,11 @@ class Args:
     env_id: str = "CartPole-v1"  # any registered environment; "module:Env-v0" imports module first
     seed: int = 1  # of the weights, the actions and the environments
     total_timesteps: int = 200_000  # environment steps in all
-    learning_rate: float = 3e-3  # Adam's step size at the start
+    learning_rate: float = 4e-3  # Adam's step size at the start
     anneal_lr: bool = True  # let it fall linearly to 0 [C5]
     num_envs: int = 64  # N: environments stepped together
     num_steps: int = 32  # T: steps of each environment per batch
-    gamma: float = 0.99  # discount factor γ
+    gamma: float = 0.98  # discount factor γ
     gae_lambda: float = 0.95  # λ: 0 trusts V after one step, 1 sums up rewards to the end
     num_minibatches: int = 8  # parts into which each epoch cuts the batch
     update_epochs: int = 4  # passes through the batch
@@ -88,10 +88,10 @@ def gae(reward, value, terminated, done, gamma, gae_lambda):
     value[t+1] belongs to the observation after step t, which is the true last one where an episode
     has ended there: so a time limit bootstraps from it, and a terminal state does not.
     """
+    delta = reward + gamma * value[1:] * ~terminated - value[:-1]                 # (12) [C1]
     advantage, later = torch.zeros_like(reward), torch.zeros_like(reward[0])
     for t in reversed(range(len(reward))):
-        delta = reward[t] + gamma * value[t + 1] * ~terminated[t] - value[t]      # (12) [C1]
-        advantage[t] = later = delta + gamma * gae_lambda * later * ~done[t]      # (11)
+        advantage[t] = later = delta[t] + gamma * gae_lambda * later * ~done[t]   # (11)
     return advantage
 
 
@@ -404,7 +404,7 @@ class Run:
         if self.iteration % self.args.checkpoint_every == 0:
             self.save()
         self.bar.set_postfix_str(f"score {self.score:.1f}", refresh=False)
-        self.bar.update(self.step - self.bar.n)
+        self.bar.update(min(self.step, self.bar.total) - self.bar.n)
         if self.bar.disable and now - self.shown > 5:
             self.shown = now
             print(f"step {self.step:,}, score {self.score:.1f}, {self.seconds:.0f} s", flush=True)

@@ -339,7 +339,7 @@ class Run:
         if self.iteration % self.args.checkpoint_every == 0:
             self.save()
         self.bar.set_postfix_str(f"score {self.score:.1f}", refresh=False)
-        self.bar.update(self.step - self.bar.n)
+        self.bar.update(min(self.step, self.bar.total) - self.bar.n)
         if self.bar.disable and now - self.shown > 5:
             self.shown = now
             print(f"step {self.step:,}, score {self.score:.1f}, {self.seconds:.0f} s", flush=True)

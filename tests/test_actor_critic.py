@@ -286,6 +286,7 @@ def test_continuing_finds_mean_reward_and_differential_values(one_update, monkey
     actor_critic.train(
         actor_critic.Args(
             continuing=True,
+            average_reward_rate=0.01,
             learning_rate=0.0,
             trace_lambda=0.0,
             num_envs=128,
