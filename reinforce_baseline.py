@@ -299,8 +299,11 @@ class Run:
             self.load()
         elif (self.dir / "checkpoint.pt").exists():
             fail(f"--run-dir {self.dir}: holds a run already; --resume it, or name another folder")
-        self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            (self.dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        except OSError as error:
+            fail(f"--run-dir {self.dir}: {error}")
         self.metrics = open_metrics(self.dir / "metrics.csv", self.step)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps",
                         unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty())
@@ -401,10 +404,13 @@ def open_metrics(path, step):
 
 
 def start_wandb(args, folder):
-    import wandb  # here, so that those who do not --track need not wait for it
+    try:
+        import wandb  # here, so that those who do not --track need not wait for it
 
-    return wandb.init(project=args.wandb_project, config=dataclasses.asdict(args), dir=folder,
-                      name=folder.name, id=folder.name, resume="allow")
+        return wandb.init(project=args.wandb_project, config=dataclasses.asdict(args), dir=folder,
+                          name=folder.name, id=folder.name, resume="allow")
+    except Exception as error:  # wandb raises many kinds
+        fail(f"--track: {error}")
 
 
 def prepare(args):

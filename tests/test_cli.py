@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -329,9 +330,20 @@ def test_wandb_offline_gets_every_row(capsys, tmp_path, monkeypatch):
     assert list((tmp_path / "run").rglob("*.wandb")), "no offline record was written"
 
 
-def test_wandb_trouble_is_a_warning(capsys, tmp_path, monkeypatch):
-    import types
+def test_wandb_that_does_not_start(script, capsys, tmp_path, monkeypatch):
+    def refused(**kwargs):
+        raise ValueError("no such project")
 
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refused))
+    one_line(*call(script, capsys, "--track", "--run-dir", tmp_path), "--track", "no such project")
+
+
+def test_a_folder_that_cannot_be(script, capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    one_line(*call(script, capsys, "--run-dir", tmp_path / "file"), "--run-dir")
+
+
+def test_wandb_trouble_is_a_warning(capsys, tmp_path, monkeypatch):
     import ppo
 
     def broken(*args, **kwargs):
