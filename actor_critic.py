@@ -62,7 +62,7 @@ class Args:
     value_learning_rate: float = 3e-3  # Adam's step size α_w for the critic, at the start
     num_envs: int = 64  # N: environments stepped together
     gamma: float = 0.99  # discount factor γ
-    trace_lambda: float = 0.8  # λ: 0 is one-step actor-critic, 1 sums up whole returns
+    trace_lambda: float = 0.9  # λ: 0 is one-step actor-critic, 1 sums up whole returns
     exact_discount: bool = True  # weight the actor's step t by I = γ^t [C1]
     continuing: bool = False  # maximise the mean reward per step, without γ [C5]
     average_reward_rate: float = 1e-3  # α_R, step size of the mean reward R̄

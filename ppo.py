@@ -58,14 +58,14 @@ class Args:
     env_id: str = "CartPole-v1"  # any registered environment; "module:Env-v0" imports module first
     seed: int = 1  # of the weights, the actions and the environments
     total_timesteps: int = 200_000  # environment steps in all
-    learning_rate: float = 4e-3  # Adam's step size at the start
+    learning_rate: float = 6e-3  # Adam's step size at the start
     anneal_lr: bool = True  # let it fall linearly to 0 [C5]
     num_envs: int = 64  # N: environments stepped together
     num_steps: int = 32  # T: steps of each environment per batch
     gamma: float = 0.98  # discount factor γ
     gae_lambda: float = 0.95  # λ: 0 trusts V after one step, 1 sums up rewards to the end
     num_minibatches: int = 8  # parts into which each epoch cuts the batch
-    update_epochs: int = 4  # passes through the batch
+    update_epochs: int = 3  # passes through the batch
     clip_coef: float = 0.2  # ε of the clipped objective
     anneal_clip: bool = False  # let ε fall linearly to 0 [C5]
     ent_coef: float = 0.0  # c_2, weight of the entropy

@@ -1,0 +1,84 @@
+"""Put the measured tables into README.md, from the CSVs here and the scripts themselves.
+
+    python benchmarks/readme.py            rewrite the tables between their markers
+    python benchmarks/readme.py --check    exit code 1 where README.md says something else
+"""
+
+import ast
+import io
+import sys
+import tokenize
+from pathlib import Path
+
+import cartpole
+import tasks
+
+ROOT = Path(__file__).resolve().parent.parent
+LADDER = {
+    "reinforce": ("REINFORCE ([Williams 1992](https://doi.org/10.1007/BF00992696))", "—"),
+    "reinforce_baseline": ("REINFORCE with baseline ([Sutton & Barto, 13.4]"
+                           "(http://incompleteideas.net/book/the-book-2nd.html))",
+                           "a learned value, subtracted from each return"),
+    "actor_critic": ("Actor-critic with eligibility traces, episodic and continuing ([Sutton & "
+                     "Barto, 13.5, 13.6](http://incompleteideas.net/book/the-book-2nd.html))",
+                     "an update after every step, from the value of the next state"),
+    "ppo": ("PPO with GAE ([Schulman et al. 2017](https://arxiv.org/abs/1707.06347))",
+            "batches, used several times under a clipped objective"),
+}
+
+
+def code_lines(source):
+    """Numbers of the lines that hold code: no blanks, comments or docstrings."""
+    skip, prose, code = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT,
+                         tokenize.DEDENT, tokenize.ENDMARKER), set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            prose.update(range(node.lineno, node.end_lineno + 1))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in skip:
+            code.update(range(token.start[0], token.end[0] + 1))
+    return code - prose
+
+
+def ladder():
+    """Markdown: a line for each script."""
+    groups = cartpole.grouped(cartpole.read_rows(ROOT / "benchmarks" / "cartpole.csv"))
+    lines = ["| file | method | new in it | code lines, to the end of `train` | CartPole-v1 solved "
+             "| median whole process |", "|---|---|---|---|---|---|"]
+    for name, (method, new) in LADDER.items():
+        source = (ROOT / f"{name}.py").read_text()
+        code, mark = code_lines(source), source[: source.index("\n# Below this line")].count("\n")
+        rows = groups[name]
+        lines.append(
+            f"| [`{name}.py`]({name}.py) | {method} | {new} | {len(code)}, "
+            f"{sum(line <= mark for line in code)} | {sum(row['solved'] for row in rows):.0f} of "
+            f"{len(rows)} | {cartpole.median(rows, 'process_seconds', True):.1f} s |")
+    return "\n".join(lines)
+
+
+def render(text):
+    """README.md with each table between <!-- name --> and <!-- end --> made anew."""
+    folder = ROOT / "benchmarks"
+    tables = {
+        "ladder": ladder(),
+        "solve": cartpole.solve_table(cartpole.read_rows(folder / "cartpole.csv")),
+        "equal": cartpole.equal_table(cartpole.read_rows(folder / "cartpole_equal.csv")),
+        "tasks": tasks.table(),
+    }
+    for name, table in tables.items():
+        before, rest = text.split(f"<!-- {name} -->\n", 1)
+        text = f"{before}<!-- {name} -->\n{table}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    return text
+
+
+def main():
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = render(old)
+    if "--check" in sys.argv:
+        raise SystemExit(old != new and "README.md is not what the CSVs say")
+    path.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
