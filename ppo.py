@@ -297,11 +297,10 @@ class Envs:
         except (gym.error.Error, ImportError) as error:
             fail(f"--env-id {env_id}: {error}")
         self.device, self.action_space = device, self.envs.single_action_space
-        obs_space, discrete_or_box = self.envs.single_observation_space, (Discrete, Box)
-        if not (isinstance(obs_space, Box) and isinstance(self.action_space, discrete_or_box)):
+        obs_space, mode = self.envs.single_observation_space, self.envs.metadata["autoreset_mode"]
+        if not isinstance(obs_space, Box) or not isinstance(self.action_space, (Discrete, Box)):
             fail(f"--env-id {env_id}: its observations are {obs_space}, its actions "
                  f"{self.action_space}; supported are Box, and Discrete or Box")
-        mode = self.envs.metadata.get("autoreset_mode")
         if mode != gym.vector.AutoresetMode.NEXT_STEP:
             fail(f"--env-id {env_id}: autoreset mode {mode} is not supported, only NEXT_STEP")
         self.obs_size = math.prod(obs_space.shape)
@@ -342,11 +341,6 @@ def evaluate(args, policy, device):
         total, alive = total + reward * alive, alive & ~(terminated | truncated)
     spread = f"± {total.std(correction=0):.1f} ({total.min():.1f} to {total.max():.1f})"
     tqdm.write(f"evaluation: {len(total)} episodes, mean return {total.mean():.1f} {spread}")
-
-
-def grad_norm(module):
-    """Length of the gradient of all parameters together."""
-    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
 
 
 class Run:

@@ -209,8 +209,9 @@ def train(args):
             optimizer.zero_grad()
             (loss + loss_v).backward()  # θ and w share nothing: each loss moves its own
             optimizer.step()                                                      # [C2]
+            norm = nn.utils.get_total_norm([param.grad for param in policy.parameters()])
             run.log(mask.sum(), reward.sum(0), loss=loss, entropy=entropy[mask].mean(),
-                    grad_norm=grad_norm(policy), value_loss=loss_v)
+                    grad_norm=norm, value_loss=loss_v)
         if args.eval_episodes > 0:
             evaluate(args, policy, device)
     return run.score
@@ -232,11 +233,10 @@ class Envs:
         except (gym.error.Error, ImportError) as error:
             fail(f"--env-id {env_id}: {error}")
         self.device, self.action_space = device, self.envs.single_action_space
-        obs_space, discrete_or_box = self.envs.single_observation_space, (Discrete, Box)
-        if not (isinstance(obs_space, Box) and isinstance(self.action_space, discrete_or_box)):
+        obs_space, mode = self.envs.single_observation_space, self.envs.metadata["autoreset_mode"]
+        if not isinstance(obs_space, Box) or not isinstance(self.action_space, (Discrete, Box)):
             fail(f"--env-id {env_id}: its observations are {obs_space}, its actions "
                  f"{self.action_space}; supported are Box, and Discrete or Box")
-        mode = self.envs.metadata.get("autoreset_mode")
         if mode != gym.vector.AutoresetMode.NEXT_STEP:
             fail(f"--env-id {env_id}: autoreset mode {mode} is not supported, only NEXT_STEP")
         self.obs_size = math.prod(obs_space.shape)
@@ -277,11 +277,6 @@ def evaluate(args, policy, device):
         total, alive = total + reward * alive, alive & ~(terminated | truncated)
     spread = f"± {total.std(correction=0):.1f} ({total.min():.1f} to {total.max():.1f})"
     tqdm.write(f"evaluation: {len(total)} episodes, mean return {total.mean():.1f} {spread}")
-
-
-def grad_norm(module):
-    """Length of the gradient of all parameters together."""
-    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
 
 
 class Run:

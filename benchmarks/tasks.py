@@ -3,7 +3,7 @@
     python benchmarks/tasks.py             run all and write tasks.csv (about ten minutes)
     python benchmarks/tasks.py --report    print the table from tasks.csv, run nothing
 
-A row of tasks.csv is a run: task, script, flags, seed, goal, solved, steps, seconds, score. A run ends
+A row of tasks.csv is a run: task, script, flags, seed, goal, solved, steps, seconds, score. It ends
 when the mean return of its last 100 episodes reaches the goal (in the continuing task: the mean
 reward of 100 stretches of 32 steps), or its steps are used up. Two runs share the machine, so the
 seconds are no measure of speed; benchmarks/cartpole.py is.
