@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import OneUpdate
 from gymnasium.spaces import Discrete
 from torch import nn
 
@@ -298,3 +299,44 @@ def test_continuing_finds_mean_reward_and_differential_values(one_update, monkey
     assert model.average_reward.item() == pytest.approx(mean.item(), abs=0.02)
     learned = model.value(torch.eye(3)).detach()
     torch.testing.assert_close((learned - learned[0]).double(), value, atol=0.12, rtol=0)
+
+
+@pytest.mark.parametrize("exact_discount", [True, False])
+def test_two_episodes_in_a_row_are_two_episodes(exact_discount):
+    """The reset-only step between them leaves nothing behind: no trace, no discount, no δ."""
+    obs, action, reward = episode(9)
+    model = Linear([0.3, -0.2, 0.5], [0.1, 0.7, -0.4])
+    done = torch.zeros(9, 1, dtype=torch.bool)
+    done[3] = done[8] = True  # so step 4 is the reset-only one
+    switch = {"exact_discount": exact_discount}
+    whole = play(model, obs, action, reward, done, done, 0.9, 0.8, **switch)
+    first = play(model, obs[:5], action[:4], reward[:4], done[:4], done[:4], 0.9, 0.8, **switch)
+    second = play(model, obs[5:], action[5:], reward[5:], done[5:], done[5:], 0.9, 0.8, **switch)
+    torch.testing.assert_close(whole, first + second)
+
+
+@torch.no_grad()
+def test_a_reset_only_step_has_no_error():
+    obs, action, reward = episode(2)
+    model, ended = Linear([0.3, -0.2, 0.5], [0.1, 0.7, -0.4]), torch.tensor([True])
+    stream = stream_of(obs[0], 6)
+    actor_critic.learn(model, stream, action[0], reward[0], obs[1], ended, ended, 0.9, 0.8)
+    delta, norm = actor_critic.learn(
+        model, stream, action[1], reward[1], obs[2], ~ended, ~ended, 0.9, 0.8
+    )
+    assert delta.item() == 0 and norm.item() == 0
+
+
+def test_step_sizes_fall_linearly(monkeypatch):
+    run = OneUpdate(updates=3)
+    monkeypatch.setattr(actor_critic, "Run", run)
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam,
+        "step",
+        lambda adam: rates.append([group["lr"] for group in adam.param_groups]) or step(adam),
+    )
+    actor_critic.train(
+        actor_critic.Args(num_envs=4, log_every=1, total_timesteps=16, learning_rate=0.1)
+    )
+    assert rates == [[0.1, 3e-3], [0.1 * 0.75, 3e-3 * 0.75], [0.1 * 0.5, 3e-3 * 0.5]]

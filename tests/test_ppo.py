@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import OneUpdate
 from gymnasium.spaces import Discrete
 from torch import nn
 
@@ -126,19 +127,40 @@ def test_gradient_is_clipped_as_one():
     assert grads.norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
+def test_gradients_do_not_add_up_over_minibatches():
+    """At learning rate 0 the last of five steps has the gradient of the first."""
+    grads = []
+    for epochs in (1, 5):
+        policy, value, optimizer, batch = make_batch()
+        optimizer.param_groups[0]["lr"] = 0.0
+        args = ppo.Args(num_minibatches=1, update_epochs=epochs, max_grad_norm=1e9)
+        ppo.update(policy, value, optimizer, batch, 0.2, args)
+        grads.append(torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"]]))
+    torch.testing.assert_close(*grads)
+
+
 def test_target_kl_ends_an_update_before_the_step():
     policy, value, optimizer, batch = make_batch()
-    taken = []
-    step = optimizer.step
+    taken, step = [], optimizer.step
     optimizer.step = lambda: (taken.append(1), step())
-    args = ppo.Args(num_minibatches=2, update_epochs=50, target_kl=0.01)
+    args = ppo.Args(num_minibatches=1, update_epochs=50, target_kl=1e-9)
     ppo.update(policy, value, optimizer, batch, 0.2, args)
-    assert 0 < len(taken) < 100
-    # the policy that was left is not far beyond the limit: no step was taken from there
-    kl, _ = ppo.policy_change(policy(batch.obs, batch.action)[0], batch.logprob, 0.2)
-    assert 0.005 < kl < 0.1
-    ppo.update(policy, value, optimizer, batch, 0.2, ppo.Args(num_minibatches=2, update_epochs=50))
-    assert len(taken) > 100
+    assert len(taken) == 1, "the first step has KL 0, the second must not be taken"
+    ppo.update(policy, value, optimizer, batch, 0.2, ppo.Args(num_minibatches=1, update_epochs=50))
+    assert len(taken) == 51
+
+
+@pytest.mark.parametrize("anneal", [True, False])
+def test_schedules_fall_linearly(anneal, monkeypatch):
+    run, clips, update = OneUpdate(updates=3), [], ppo.update
+    monkeypatch.setattr(ppo, "Run", run)
+    monkeypatch.setattr(ppo, "update", lambda *args: clips.append(args[4]) or update(*args))
+    flags = {"num_envs": 4, "num_steps": 4, "num_minibatches": 2, "total_timesteps": 64}
+    ppo.train(ppo.Args(**flags, learning_rate=0.1, anneal_lr=anneal, anneal_clip=anneal))
+    left = [1, 0.75, 0.5] if anneal else [1, 1, 1]
+    assert [means["learning_rate"] for *_, means in run.rows] == [0.1 * share for share in left]
+    assert clips == [0.2 * share for share in left]
+    assert run.parts["optimizer"].param_groups[0]["lr"] == 0.1 * left[-1]
 
 
 class Garbage:

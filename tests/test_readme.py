@@ -20,4 +20,4 @@ def test_the_two_commands_are_there():
     text = (ROOT / "README.md").read_text().splitlines()
     assert "pip install -r requirements.txt && python ppo.py --env-id CartPole-v1" in text
     assert "pip install -r tests/requirements.txt && pytest" in text
-    assert 'sed -n' in (ROOT / ".ci" / "run").read_text(), "CI runs the command as it stands here"
+    assert "sed -n" in (ROOT / ".ci" / "run").read_text(), "CI runs the command as it stands here"

@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import OneUpdate
 from gymnasium.spaces import Discrete
 
 HORIZON, STATES = 4, 3
@@ -174,3 +175,25 @@ def test_behaviour_policy_is_the_stated_mixture():
         probs.log().unsqueeze(-1), 0.4, 3
     )  # (3, 1): a path of 3 steps
     torch.testing.assert_close(weight[:, 0], (probs / (0.6 * probs + 0.4 / 3)).cumprod(0))
+
+
+@pytest.mark.parametrize("name", ["reinforce", "reinforce_baseline"])
+def test_steps_after_the_end_have_no_gradient(name):
+    script = importlib.import_module(name)
+    logprob = torch.randn(4, 2, requires_grad=True)
+    mask = torch.tensor([[True, True], [True, False], [True, False], [False, False]])
+    weight = torch.randn(4, 2)
+    script.policy_gradient_loss(logprob, weight, mask).backward()
+    torch.testing.assert_close(logprob.grad, -weight * mask / 2)
+
+
+@pytest.mark.parametrize("name", ["reinforce", "reinforce_baseline"])
+def test_each_update_plays_other_episodes(name, monkeypatch):
+    script = importlib.import_module(name)
+    seeds, reset = [], script.Envs.reset
+    monkeypatch.setattr(
+        script.Envs, "reset", lambda envs, seed: seeds.append(seed) or reset(envs, seed)
+    )
+    monkeypatch.setattr(script, "Run", OneUpdate(updates=3))
+    script.train(script.Args(num_envs=2, seed=5))
+    assert len({tuple(seed) for seed in seeds}) == 3 and all(seed[0] == 5 for seed in seeds)
