@@ -196,7 +196,7 @@ def test_reset_only_steps_change_nothing(name, one_update, monkeypatch):
         monkeypatch.setattr(Garbage, "garbage", garbage)
         run = type(one_update)(updates=3)
         monkeypatch.setattr(script, "Run", run)
-        script.train(script.Args(num_envs=8, total_timesteps=10_000))
+        script.train(script.Args(num_envs=32, total_timesteps=10_000))
         modules = [part for part in run.parts.values() if isinstance(part, nn.Module)]
         weights.append(torch.cat([p.flatten() for module in modules for p in module.parameters()]))
     assert torch.equal(*weights)
