@@ -1,0 +1,53 @@
+"""README says what the committed CSVs say, and the plots draw what metrics.csv says."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def test_tables_come_from_the_csvs():
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "readme.py", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_two_commands_are_there():
+    text = (ROOT / "README.md").read_text().splitlines()
+    assert "pip install -r requirements.txt && python ppo.py --env-id CartPole-v1" in text
+    assert "pip install -r tests/requirements.txt && pytest" in text
+    assert "sed -n" in (ROOT / ".ci" / "run").read_text(), "CI runs the command as it stands here"
+
+
+def test_interquartile_mean(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from plot import iqm
+
+    assert iqm([1, 2, 3, 4, 5, 6, 7, 100]) == pytest.approx(4.5)
+    assert iqm([0, 10, 20]) == pytest.approx((0.25 * 0 + 10 + 0.25 * 20) / 1.5)
+    assert iqm([7]) == 7
+
+
+def test_plot_of_three_seeds(tmp_path):
+    import reinforce
+
+    runs = [tmp_path / f"reinforce-CartPole-v1-{seed}-20260101-000000" for seed in (1, 2, 3)]
+    for seed, run in enumerate(runs, 1):
+        reinforce.train(reinforce.Args(seed=seed, total_timesteps=4_000, run_dir=str(run)))
+
+    def plot(*args):
+        command = [sys.executable, ROOT / "benchmarks" / "plot.py", *args]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    done = plot(*runs, "--out", "curves.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    missing = plot(tmp_path / "nothing")
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1
+    missing = plot(runs[0], "--column", "nothing")
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1
