@@ -1,6 +1,7 @@
 """What the scripts learn besides CartPole, with the flags that do it: ten seeds of each.
 
-    python benchmarks/tasks.py             run all and write tasks.csv (about ten minutes)
+    python benchmarks/tasks.py             run all and write tasks.csv (about 15 minutes)
+    python benchmarks/tasks.py --only actor_critic    run one script's tasks, keep other rows
     python benchmarks/tasks.py --report    print the table from tasks.csv, run nothing
 
 A row of tasks.csv is a run: task, script, flags, seed, goal, solved, steps, seconds, score. It ends
@@ -27,11 +28,11 @@ TASKS = [  # (what, script, flags, goal)
     ("Acrobot-v1", "reinforce_baseline", "--num-envs 8 --gamma 0.99 --no-exact-discount "
      "--learning-rate 3e-3", -100),
     ("Acrobot-v1", "actor_critic", "--num-envs 32 --learning-rate 5e-4 "
-     "--value-learning-rate 2e-3", -100),
+     "--value-learning-rate 2e-3 --trace-lambda 0.8", -100),
     ("Acrobot-v1", "ppo", "", -100),
     ("Pendulum-v1", "ppo", "--num-envs 16 --num-steps 128 --update-epochs 10 --gamma 0.9 "
      "--learning-rate 1e-3 --total-timesteps 300000", -200),
-    ("CartPole-v1", "actor_critic", "--continuing", 0.99),
+    ("CartPole-v1", "actor_critic", "--continuing --trace-lambda 0.8", 0.99),
 ]
 
 
@@ -69,10 +70,16 @@ def table():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--report", action="store_true", help="only print the table")
-    if not parser.parse_args().report:
-        jobs = [(task, seed) for task in TASKS for seed in range(11, 21)]
+    parser.add_argument("--only", choices=sorted({task[1] for task in TASKS}), help="a script")
+    args = parser.parse_args()
+    if not args.report:
+        jobs = [(task, seed) for task in TASKS for seed in range(11, 21)
+                if args.only in (None, task[1])]
         with ThreadPoolExecutor(2) as pool:
             rows = list(pool.map(run, jobs))
+        if args.only:
+            with (HERE / "tasks.csv").open() as file:
+                rows += [row for row in csv.reader(file) if row[1] not in (args.only, "script")]
         with (HERE / "tasks.csv").open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
     print(table())
