@@ -37,6 +37,7 @@ Shapes: N environments, O numbers in an observation, A in an action, P parameter
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -108,10 +109,10 @@ def apply_update(model, update):
         param.grad = -part.view_as(param)
 
 
-def mlp(num_inputs, num_outputs, gain):
-    """Two hidden layers of 64 tanh units, orthogonal weights; `gain` scales the last layer's."""
-    layers, sizes = [], [num_inputs, 64, 64, num_outputs]
-    for fan_in, fan_out, scale in zip(sizes, sizes[1:], [2**0.5, 2**0.5, gain]):
+def mlp(sizes, gain):
+    """Linear layers of these sizes, tanh between; orthogonal weights, `gain` scales the last's."""
+    layers, gains = [], [2**0.5] * (len(sizes) - 2) + [gain]
+    for fan_in, fan_out, scale in zip(sizes, sizes[1:], gains):
         layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
         nn.init.orthogonal_(layers[-2].weight, scale)
         nn.init.zeros_(layers[-2].bias)
@@ -125,7 +126,7 @@ class Policy(nn.Module):
         super().__init__()
         self.discrete = isinstance(action_space, Discrete)
         self.size = int(action_space.n) if self.discrete else math.prod(action_space.shape)
-        self.net = mlp(obs_size, self.size, gain=0.01)  # small: no action is favoured at first
+        self.net = mlp([obs_size, 64, 64, self.size], gain=0.01)  # no action favoured
         self.log_std = None if self.discrete else nn.Parameter(torch.full((self.size,), -0.5))
 
     def sample(self, obs):
@@ -157,7 +158,7 @@ class Value(nn.Module):
 
     def __init__(self, obs_size):
         super().__init__()
-        self.net = mlp(obs_size, 1, gain=1.0)
+        self.net = mlp([obs_size, 64, 64, 1], gain=1.0)
 
     def forward(self, obs):
         return self.net(obs).squeeze(-1)
@@ -332,22 +333,19 @@ class Run:
 
     def __init__(self, args, threshold, **parts):
         self.args, self.threshold, self.parts = args, threshold, parts
+        self.writes = os.environ.get("RANK", "0") == "0"  # of several processes, only the first
         self.step, self.iteration, self.seconds, self.window, self.passed = 0, 0, 0.0, [], ""
         name = f"{Path(__file__).stem}-{args.env_id}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.resume or args.run_dir or "runs/" + re.sub(r"[^\w.-]+", "-", name))
         if args.resume:
             self.load()
-        elif (self.dir / "checkpoint.pt").exists():
+        elif self.writes and (self.dir / "checkpoint.pt").exists():
             fail(f"--run-dir {self.dir}: holds a run already; --resume it, or name another folder")
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            (self.dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-        except OSError as error:
-            fail(f"--run-dir {self.dir}: {error}")
-        self.metrics = open_metrics(self.dir / "metrics.csv", self.step)
+        self.metrics = open_metrics(self.dir if self.writes else None, args, self.step)
+        shows = self.writes and sys.stderr.isatty()
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps",
-                        unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty())
-        self.wandb = start_wandb(args, self.dir) if args.track else None
+                        unit_scale=True, dynamic_ncols=True, disable=not shows)
+        self.wandb = start_wandb(args, self.dir) if args.track and self.writes else None
         self.clock = self.shown = time.perf_counter()
         self.save()
 
@@ -383,7 +381,7 @@ class Run:
             self.save()
         self.bar.set_postfix_str(f"score {self.score:.1f}", refresh=False)
         self.bar.update(min(self.step, self.bar.total) - self.bar.n)
-        if self.bar.disable and now - self.shown > 5:
+        if self.bar.disable and self.writes and now - self.shown > 5:
             self.shown = now
             print(f"step {self.step:,}, score {self.score:.1f}, {self.seconds:.0f} s", flush=True)
         if self.wandb:
@@ -395,16 +393,19 @@ class Run:
 
     def save(self):
         """Write checkpoint.pt beside its place, then move it in: no kill leaves half of it."""
+        if not self.writes:
+            return
         state = {name: part.state_dict() for name, part in self.parts.items()}
+        state["args"] = dataclasses.asdict(self.args)
         state["run"] = {name: getattr(self, name) for name in KEPT}
         state["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
         torch.save(state, self.dir / "checkpoint.tmp")
         (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
 
     def load(self):
-        """Take back what save wrote; weights_only, so that a stranger's file can run no code."""
+        """Take back what save wrote."""
+        state = read_checkpoint("resume", self.dir)
         try:
-            state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
             for name, part in self.parts.items():
                 if isinstance(part, torch.optim.Optimizer):  # the flags, not the file, set its rate
                     state[name]["param_groups"] = part.state_dict()["param_groups"]
@@ -413,8 +414,8 @@ class Run:
                 setattr(self, name, state["run"][name])
             torch.set_rng_state(state["rng"][0])
             torch.cuda.set_rng_state_all(state["rng"][1:])
-        except Exception as error:  # a file that is missing, torn or foreign fails in many ways
-            fail(f"--resume {self.dir}: no checkpoint.pt of such a run there: {error}")
+        except Exception as error:  # a foreign file fails in many ways
+            fail(f"--resume {self.dir}: its checkpoint.pt is not of such a run: {error}")
 
     def __enter__(self):
         return self
@@ -426,7 +427,7 @@ class Run:
         if kind is KeyboardInterrupt:
             print(f"stopped; go on with --resume {self.dir}", file=sys.stderr)
             raise SystemExit(130)
-        if kind is None:
+        if kind is None and self.writes:
             self.save()
             took = f"{self.step:,} steps, {self.seconds:.1f} s{self.passed}"
             print(f"score {self.score:.1f} after {took}; files in {self.dir}")
@@ -435,12 +436,21 @@ class Run:
 KEPT = ("step", "iteration", "seconds", "window", "passed")  # of Run, in the checkpoint
 
 
-def open_metrics(path, step):
-    """metrics.csv, to append to; lines that a killed run wrote after its checkpoint are dropped."""
-    lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-    whole = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= step]
-    path.write_text("".join(lines[:1] + whole))
-    return path.open("a", buffering=1)
+def open_metrics(folder, args, step):
+    """Write args.json; returns metrics.csv, to append to, less what came after the checkpoint."""
+    if folder is None:
+        return open(os.devnull, "w")
+    path = folder / "metrics.csv"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
+        whole = [line for line in lines[1:] if line.endswith("\n")]
+        kept = [line for line in whole if int(line.split(",")[0]) <= step]
+        path.write_text("".join(lines[:1] + kept))
+        return path.open("a", buffering=1)
+    except OSError as error:
+        fail(f"--run-dir {folder}: {error}")
 
 
 def start_wandb(args, folder):
@@ -459,7 +469,8 @@ def prepare(args):
         value, name = getattr(args, field.name), field.name.replace("_", "-")
         high = 1 if name in ("gamma", "gae-lambda", "trace-lambda", "epsilon") else 1e300
         low = 1 if type(value) is int and name not in ("seed", "eval-episodes") else 0
-        if type(value) in (int, float) and name != "stop-at" and not low <= value <= high:
+        low = -1e300 if name in ("stop-at", "log-std") else low
+        if type(value) in (int, float) and not low <= value <= high:
             fail(f"--{name} {value}: must be at least {low}" + " and at most 1" * (high == 1))
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # layers this small lose more than they gain by a second thread
@@ -474,13 +485,23 @@ def prepare(args):
 def parse(kind):
     """The flags; with --resume, those of the run it names where the command line has none."""
     args = tyro.cli(kind)
-    if not args.resume:
+    flag = "eval-only" if getattr(args, "eval_only", "") else "resume"
+    folder = getattr(args, flag.replace("-", "_"))
+    if not folder:
         return args
     try:
-        saved = kind(**json.loads(Path(args.resume, "args.json").read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        fail(f"--resume {args.resume}: its args.json is not of such a run: {error}")
+        saved = kind(**read_checkpoint(flag, folder)["args"])
+    except (KeyError, TypeError) as error:
+        fail(f"--{flag} {folder}: its checkpoint.pt is not of such a run: {error}")
     return tyro.cli(kind, default=saved)
+
+
+def read_checkpoint(flag, folder):
+    """What save wrote there; weights_only, so that a stranger's file can run no code."""
+    try:
+        return torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that is missing, torn or foreign fails in many ways
+        fail(f"--{flag} {folder}: no checkpoint.pt of such a run there: {error}")
 
 
 def fail(message):

@@ -9,6 +9,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "ppo"]
+SIMPLE = LADDER[:3]  # those with Envs and Policy; ppo.py has VectorEnv and Agent
 SCRIPTS = [name for name in [*LADDER, "grpo", "dpo"] if (ROOT / f"{name}.py").exists()]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -16,6 +17,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 @pytest.fixture(params=LADDER)
 def script(request):
     """Each control script in turn, as a module."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(params=SIMPLE)
+def simple(request):
+    """Each script but PPO in turn, as a module."""
     return importlib.import_module(request.param)
 
 

@@ -340,3 +340,45 @@ def test_step_sizes_fall_linearly(monkeypatch):
         actor_critic.Args(num_envs=4, log_every=1, total_timesteps=16, learning_rate=0.1)
     )
     assert rates == [[0.1, 3e-3], [0.1 * 0.75, 3e-3 * 0.75], [0.1 * 0.5, 3e-3 * 0.5]]
+
+
+class Garbage:
+    """Stands in for Envs: short episodes; what a reset-only step rewards is up to the test."""
+
+    obs_size, action_space, threshold, garbage = 1, Discrete(2), None, 0.0
+
+    def __init__(self, env_id, num_envs, device):
+        self.generator = torch.Generator().manual_seed(0)
+        self.num_envs, self.over = num_envs, torch.zeros(num_envs, dtype=torch.bool)
+
+    def random(self):
+        return torch.rand(self.num_envs, generator=self.generator)
+
+    def reset(self, seed):
+        return self.random().unsqueeze(-1)
+
+    def step(self, action):
+        reward = torch.where(self.over, self.garbage, self.random() + action)
+        terminated, truncated = self.random() < 0.2, self.random() < 0.2
+        terminated, truncated = terminated & ~self.over, truncated & ~self.over
+        self.over = terminated | truncated
+        return self.random().unsqueeze(-1), reward, terminated, truncated
+
+
+def test_reset_only_steps_change_nothing(monkeypatch):
+    weights = []
+    monkeypatch.setattr(actor_critic, "Envs", Garbage)
+    for garbage in (0.0, 1e6):
+        monkeypatch.setattr(Garbage, "garbage", garbage)
+        run = OneUpdate(updates=3)
+        monkeypatch.setattr(actor_critic, "Run", run)
+        actor_critic.train(actor_critic.Args(num_envs=32, total_timesteps=10_000))
+        weights.append(torch.cat([p.flatten() for p in run.parts["model"].parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_episode_returns_across_batches():
+    reward = torch.tensor([[1.0, 1.0], [2.0, 1.0], [0.0, 1.0], [4.0, 1.0]])
+    done = torch.tensor([[False, False], [True, False], [False, False], [False, True]])
+    finished, running = actor_critic.episode_returns(reward, done, torch.tensor([10.0, 0.0]))
+    assert finished.tolist() == [13.0, 4.0] and running.tolist() == [4.0, 0.0]

@@ -1,12 +1,12 @@
-"""The policy's distributions, and what reaches the environment, against torch.distributions."""
+"""Distributions of the simpler scripts and what reaches the environment; ppo: test_ppo_envs.py."""
 
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete
 
 
-def test_discrete_logprob_and_entropy(script):
-    policy, obs = script.Policy(3, Discrete(4)), torch.randn(5, 7, 3)
+def test_discrete_logprob_and_entropy(simple):
+    policy, obs = simple.Policy(3, Discrete(4)), torch.randn(5, 7, 3)
     action = torch.randint(4, (5, 7))
     logprob, entropy = policy(obs, action)
     expected = torch.distributions.Categorical(logits=policy.net(obs))
@@ -15,8 +15,8 @@ def test_discrete_logprob_and_entropy(script):
     assert (policy.mode(obs) == expected.probs.argmax(-1)).all()
 
 
-def test_box_logprob_and_entropy(script):
-    policy, obs = script.Policy(3, Box(-1, 1, (2,))), torch.randn(5, 7, 3)
+def test_box_logprob_and_entropy(simple):
+    policy, obs = simple.Policy(3, Box(-1, 1, (2,))), torch.randn(5, 7, 3)
     with torch.no_grad():
         policy.log_std.copy_(torch.tensor([-1.0, 0.3]))
     action = torch.randn(5, 7, 2)
@@ -27,14 +27,14 @@ def test_box_logprob_and_entropy(script):
     torch.testing.assert_close(policy.mode(obs), expected.mean)
 
 
-def test_samples_follow_the_policy(script):
+def test_samples_follow_the_policy(simple):
     torch.manual_seed(0)
     obs = torch.randn(1, 3).expand(100_000, 3)
-    discrete = script.Policy(3, Discrete(3))
+    discrete = simple.Policy(3, Discrete(3))
     torch.nn.init.orthogonal_(discrete.net[-1].weight, 1.0)
     share = torch.bincount(discrete.sample(obs), minlength=3) / len(obs)
     torch.testing.assert_close(share, discrete.net(obs[0]).softmax(-1), atol=0.01, rtol=0)
-    box = script.Policy(3, Box(-1, 1, (2,)))
+    box = simple.Policy(3, Box(-1, 1, (2,)))
     with torch.no_grad():
         box.log_std.copy_(torch.tensor([-1.0, 0.3]))
         sample = box.sample(obs)
@@ -42,8 +42,8 @@ def test_samples_follow_the_policy(script):
     torch.testing.assert_close(sample.std(0), box.log_std.exp(), atol=0.02, rtol=0)
 
 
-def test_environment_gets_clipped_actions_and_the_policy_keeps_its_own(script):
-    envs = script.Envs("Pendulum-v1", 2, torch.device("cpu"))
+def test_environment_gets_clipped_actions_and_the_policy_keeps_its_own(simple):
+    envs = simple.Envs("Pendulum-v1", 2, torch.device("cpu"))
     envs.reset([0])
     seen = []
     inner = envs.envs.step
@@ -54,8 +54,8 @@ def test_environment_gets_clipped_actions_and_the_policy_keeps_its_own(script):
     assert action[0, 0] == 5
 
 
-def test_discrete_actions_begin_at_start(script):
-    envs = script.Envs("CartPole-v1", 2, torch.device("cpu"))
+def test_discrete_actions_begin_at_start(simple):
+    envs = simple.Envs("CartPole-v1", 2, torch.device("cpu"))
     envs.action_space = Discrete(2, start=3)
     seen = []
     envs.envs.step = lambda action: (
@@ -66,16 +66,16 @@ def test_discrete_actions_begin_at_start(script):
     assert seen[0].tolist() == [3, 4]
 
 
-def test_same_seed_same_episodes_and_another_seed_others(script):
-    envs = script.Envs("CartPole-v1", 3, torch.device("cpu"))
+def test_same_seed_same_episodes_and_another_seed_others(simple):
+    envs = simple.Envs("CartPole-v1", 3, torch.device("cpu"))
     first, again, other = (envs.reset(seed) for seed in ([1, 0], [1, 0], [1, 1]))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert len(first.unique(dim=0)) == 3, "environments of one batch must differ"
 
 
-def test_observations_are_copies(script):
-    envs = script.Envs("CartPole-v1", 2, torch.device("cpu"))
+def test_observations_are_copies(simple):
+    envs = simple.Envs("CartPole-v1", 2, torch.device("cpu"))
     array = np.zeros((2, 4), dtype=np.float32)
     tensor = envs.tensor("observation", array)
     array += 1

@@ -17,8 +17,9 @@ def test_gae_is_the_double_sum(seed):
     value = torch.randn(steps + 1, num_envs, generator=generator, dtype=torch.float64)
     terminated = torch.rand(steps, num_envs, generator=generator) < 0.2
     done = terminated | (torch.rand(steps, num_envs, generator=generator) < 0.2)
-    inputs = [tensor.clone() for tensor in (reward, value, terminated, done)]
-    advantage = ppo.gae(reward, value, terminated, done, gamma, lam)
+    tensors = (reward, value[:-1], value[1:], terminated, done)
+    inputs = [tensor.clone() for tensor in tensors]
+    advantage = ppo.gae(*tensors, gamma, lam)
     for n in range(num_envs):
         for t in range(steps):
             expected, weight = 0.0, 1.0
@@ -29,7 +30,7 @@ def test_gae_is_the_double_sum(seed):
                 if done[k, n]:
                     break
             assert advantage[t, n].item() == pytest.approx(float(expected), abs=1e-12)
-    for before, after in zip(inputs, (reward, value, terminated, done)):
+    for before, after in zip(inputs, tensors):
         assert torch.equal(before, after), "an input was written to"
 
 
@@ -79,75 +80,91 @@ def test_policy_change_measures_what_it_says():
 
 def make_batch(rows=64, scale=1.0):
     torch.manual_seed(0)
-    policy, value = ppo.Policy(3, Discrete(2)), ppo.Value(3)
-    obs, action = torch.randn(rows, 3), torch.randint(2, (rows,))
-    batch = ppo.Batch(
-        obs, action, policy(obs, action)[0].detach(), torch.randn(rows), torch.randn(rows) * scale
-    )
-    optimizer = torch.optim.Adam([*policy.parameters(), *value.parameters()], lr=0.01)
-    return policy, value, optimizer, batch
+    agent = ppo.Agent((3,), [2], 1)
+    obs, action = torch.randn(rows, 3), torch.randint(2, (rows, 1))
+    logprob, _, value = (column.detach() for column in agent(obs, action))
+    advantage, target = torch.randn(rows), torch.randn(rows) * scale
+    batch = ppo.Batch(obs, action, logprob, value, advantage, target)
+    return agent, torch.optim.Adam(agent.parameters(), lr=0.01), batch
 
 
-def test_first_step_of_an_update():
+def run_update(agent, optimizer, batch, **flags):
+    """One update with some flags of a preset; returns its report."""
+    flags = {"num_minibatches": 1, "update_epochs": 1, "ent_coef": 0.0, "clip_coef": 0.2} | flags
+    return ppo.update(agent, optimizer, batch, ppo.objective, 0.2, ppo.Args(**flags))
+
+
+def gradient(agent):
+    return torch.cat([param.grad.flatten() for param in agent.parameters()])
+
+
+@pytest.mark.parametrize("clip_vloss", [False, True])
+def test_first_step_of_an_update(clip_vloss):
     """One minibatch, one epoch: ratio 1, and all of (9) with the signs it should have."""
-    policy, value, optimizer, batch = make_batch()
-    args = ppo.Args(
-        num_minibatches=1, update_epochs=1, ent_coef=0.1, vf_coef=0.3, max_grad_norm=1e9
-    )
-    report = ppo.update(policy, value, optimizer, batch, 0.2, args)
+    agent, optimizer, batch = make_batch()
+    report = run_update(agent, optimizer, batch, ent_coef=0.1, vf_coef=0.3, max_grad_norm=1e9,
+                        clip_vloss=clip_vloss)
     assert report["approx_kl"] < 1e-9 and report["clip_fraction"] == 0
-    policy, value, _, _ = make_batch()
-    probs = policy.net(batch.obs).log_softmax(-1)
-    advantage = (batch.advantage - batch.advantage.mean()) / batch.advantage.std()
-    chosen = probs[torch.arange(64), batch.action]
-    entropy = -(probs.exp() * probs).sum(-1).mean()
+    twin, _, _ = make_batch()
+    logprobs = twin.actor(batch.obs).log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
     loss = (
-        -(advantage * chosen).mean()
-        + 0.3 * (value(batch.obs) - batch.target).pow(2).mean()
+        -(batch.advantage * logprobs.gather(-1, batch.action).squeeze(-1)).mean()
+        + 0.3 * (twin.critic(batch.obs).squeeze(-1) - batch.target).pow(2).mean()
         - 0.1 * entropy
     )
-    params = [*policy.parameters(), *value.parameters()]
-    for expected, param in zip(
-        torch.autograd.grad(loss, params), optimizer.param_groups[0]["params"]
-    ):
-        torch.testing.assert_close(param.grad, expected, atol=1e-6, rtol=1e-4)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(twin.parameters()))])
+    torch.testing.assert_close(gradient(agent), expected, atol=1e-6, rtol=1e-4)
 
 
 def test_gradient_is_clipped_as_one():
-    policy, value, optimizer, batch = make_batch(scale=1e6)
-    ppo.update(
-        policy,
-        value,
-        optimizer,
-        batch,
-        0.2,
-        ppo.Args(num_minibatches=1, update_epochs=1, max_grad_norm=0.5),
-    )
-    grads = torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"]])
-    assert grads.norm().item() == pytest.approx(0.5, rel=1e-4)
+    agent, optimizer, batch = make_batch(scale=1e6)
+    run_update(agent, optimizer, batch, max_grad_norm=0.5)
+    assert gradient(agent).norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
 def test_gradients_do_not_add_up_over_minibatches():
     """At learning rate 0 the last of five steps has the gradient of the first."""
     grads = []
     for epochs in (1, 5):
-        policy, value, optimizer, batch = make_batch()
+        agent, optimizer, batch = make_batch()
         optimizer.param_groups[0]["lr"] = 0.0
-        args = ppo.Args(num_minibatches=1, update_epochs=epochs, max_grad_norm=1e9)
-        ppo.update(policy, value, optimizer, batch, 0.2, args)
-        grads.append(torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"]]))
+        run_update(agent, optimizer, batch, update_epochs=epochs, max_grad_norm=1e9)
+        grads.append(gradient(agent))
     torch.testing.assert_close(*grads)
 
 
 def test_target_kl_ends_an_update_before_the_step():
-    policy, value, optimizer, batch = make_batch()
+    agent, optimizer, batch = make_batch()
     taken, step = [], optimizer.step
     optimizer.step = lambda: (taken.append(1), step())
-    args = ppo.Args(num_minibatches=1, update_epochs=50, target_kl=1e-9)
-    ppo.update(policy, value, optimizer, batch, 0.2, args)
+    run_update(agent, optimizer, batch, update_epochs=50, target_kl=1e-9)
     assert len(taken) == 1, "the first step has KL 0, the second must not be taken"
-    ppo.update(policy, value, optimizer, batch, 0.2, ppo.Args(num_minibatches=1, update_epochs=50))
+    run_update(agent, optimizer, batch, update_epochs=50)
     assert len(taken) == 51
+
+
+@pytest.mark.parametrize(
+    "value, loss, slope",
+    [
+        (0.1, 0.81, -1.8),  # within ε of the old value 0: the plain squared error to the target 1
+        (0.5, 0.64, 0.0),  # gone too far towards the target: the error of 0.2, and no slope
+        (-0.5, 2.25, -3.0),  # gone away from it: the larger error is the plain one
+    ],
+)
+def test_clipped_value_loss(value, loss, slope):
+    value = torch.tensor([value], requires_grad=True)
+    error = ppo.value_error(value, torch.zeros(1), torch.ones(1), 0.2)
+    error.backward()
+    assert error.item() == pytest.approx(loss) and value.grad.item() == pytest.approx(slope)
+    assert ppo.value_error(value, torch.zeros(1), torch.ones(1)) == (value - 1).square()
+
+
+def test_advantages_are_normalised():
+    advantage = torch.randn(50, dtype=torch.float64) * 3 + 2
+    normal = ppo.normalize(advantage)
+    assert normal.mean().item() == pytest.approx(0, abs=1e-9)
+    assert normal.std().item() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("anneal", [True, False])
@@ -163,51 +180,28 @@ def test_schedules_fall_linearly(anneal, monkeypatch):
     assert run.parts["optimizer"].param_groups[0]["lr"] == 0.1 * left[-1]
 
 
-class Garbage:
-    """Stands in for Envs: short episodes; what a reset-only step rewards is up to the test."""
-
-    obs_size, action_space, threshold, garbage = 1, Discrete(2), None, 0.0
-
-    def __init__(self, env_id, num_envs, device):
-        self.generator = torch.Generator().manual_seed(0)
-        self.num_envs, self.over = num_envs, torch.zeros(num_envs, dtype=torch.bool)
-
-    def random(self):
-        return torch.rand(self.num_envs, generator=self.generator)
-
-    def reset(self, seed):
-        return self.random().unsqueeze(-1)
-
-    def step(self, action):
-        reward = torch.where(self.over, self.garbage, self.random() + action)
-        terminated, truncated = self.random() < 0.2, self.random() < 0.2
-        terminated, truncated = terminated & ~self.over, truncated & ~self.over
-        self.over = terminated | truncated
-        return self.random().unsqueeze(-1), reward, terminated, truncated
-
-
-@pytest.mark.parametrize("name", ["ppo", "actor_critic"])
-def test_reset_only_steps_change_nothing(name, one_update, monkeypatch):
-    import importlib
-
-    script, weights = importlib.import_module(name), []
-    monkeypatch.setattr(script, "Envs", Garbage)
-    for garbage in (0.0, 1e6):
-        monkeypatch.setattr(Garbage, "garbage", garbage)
-        run = type(one_update)(updates=3)
-        monkeypatch.setattr(script, "Run", run)
-        script.train(script.Args(num_envs=32, total_timesteps=10_000))
-        modules = [part for part in run.parts.values() if isinstance(part, nn.Module)]
-        weights.append(torch.cat([p.flatten() for module in modules for p in module.parameters()]))
-    assert torch.equal(*weights)
-
-
-@pytest.mark.parametrize("script_name", ["ppo", "actor_critic"])
-def test_episode_returns_across_batches(script_name):
-    import importlib
-
-    script = importlib.import_module(script_name)
+def test_sums_of_rewards_across_batches():
     reward = torch.tensor([[1.0, 1.0], [2.0, 1.0], [0.0, 1.0], [4.0, 1.0]])
     done = torch.tensor([[False, False], [True, False], [False, False], [False, True]])
-    finished, running = script.episode_returns(reward, done, torch.tensor([10.0, 0.0]))
-    assert finished.tolist() == [13.0, 4.0] and running.tolist() == [4.0, 0.0]
+    sums, carried = ppo.running_sums(reward, done, torch.tensor([10.0, 0.0]), 1.0)
+    assert sums[done].tolist() == [13.0, 4.0] and carried.tolist() == [4.0, 0.0]
+    sums, carried = ppo.running_sums(reward, done, torch.tensor([10.0, 0.0]), 0.5)
+    assert sums[:, 0].tolist() == [6.0, 5.0, 0.0, 4.0] and carried.tolist() == [4.0, 0.0]
+    assert sums[:, 1].tolist() == [1.0, 1.5, 1.75, 1.875]
+
+
+def test_weights_start_orthogonal():
+    """[C7]: gain √2, the last layers 0.01 and 1; biases 0; and the CNN likewise."""
+    for shape in [(5,), (4, 84, 84)]:
+        agent = ppo.Agent(shape, [3], 1)
+        for name, param in agent.named_parameters():
+            if name.endswith("bias"):
+                assert not param.any()
+                continue
+            last = name.split(".")[0] in ("actor", "critic") and len(param) in (1, 3)
+            gain = (0.01 if name.startswith("actor") else 1.0) if last else 2**0.5
+            weight = param.flatten(1)
+            square = weight @ weight.T if len(weight) <= weight.shape[1] else weight.T @ weight
+            torch.testing.assert_close(square, gain**2 * torch.eye(len(square)), atol=1e-4, rtol=0)
+    box = ppo.Agent((5,), [], 2, log_std=-1.5)
+    assert box.log_std.tolist() == [-1.5, -1.5]

@@ -14,51 +14,56 @@ PLAYERS = {"reinforce": {"total_timesteps": 4_000}, **FAST}
 
 
 def train(name, env, tmp_path, **flags):
-    """The networks of a finished run, read back from its checkpoint."""
+    """Of a finished run: most probable action and its probabilities, and V, of a number observed."""
     script = importlib.import_module(name)
     args = script.Args(
         env_id=f"toys:{env}-v0", run_dir=str(tmp_path / "run"), **(PLAYERS[name] | flags)
     )
     script.train(args)
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    if name == "ppo":
+        envs = script.VectorEnv(args, 1, torch.device("cpu"))
+        agent = script.Agent(envs.obs_shape, envs.choices, envs.action_size, norm_obs=env == "Target")
+        agent.load_state_dict(state["agent"])
+        return agent.actor, agent.mode, lambda number: agent.value(torch.tensor([[number]])).item()
     envs = script.Envs(args.env_id, 1, torch.device("cpu"))
-    parts = [script.Policy(envs.obs_size, envs.action_space)]
+    policy, value = script.Policy(envs.obs_size, envs.action_space), None
     if name == "actor_critic":
         model = script.ActorCritic(envs.obs_size, envs.action_space)
         model.load_state_dict(state["model"])
-        return model.policy, lambda number: model.value(torch.tensor([[number]])).item()
-    parts[0].load_state_dict(state["policy"])
-    if name == "reinforce":
-        return parts[0], None
-    value = script.Value(envs.obs_size)
-    value.load_state_dict(state["value"])
-    return parts[0], lambda number: value(torch.tensor([[number]])).item()
+        policy, value = model.policy, model.value
+    else:
+        policy.load_state_dict(state["policy"])
+    if name == "reinforce_baseline":
+        value = script.Value(envs.obs_size)
+        value.load_state_dict(state["value"])
+    return policy.net, policy.mode, lambda number: value(torch.tensor([[number]])).item()
 
 
 @pytest.mark.parametrize("name", FAST)
 def test_value_of_a_constant_reward(name, tmp_path):
-    _, value = train(name, "Constant", tmp_path)
+    *_, value = train(name, "Constant", tmp_path)
     assert value(0.0) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("name", FAST)
 def test_value_depends_on_the_observation(name, tmp_path):
-    _, value = train(name, "Observed", tmp_path)
+    *_, value = train(name, "Observed", tmp_path)
     assert value(1.0) == pytest.approx(1, abs=0.1) and value(-1.0) == pytest.approx(-1, abs=0.1)
 
 
 @pytest.mark.parametrize("name", FAST)
 def test_value_is_discounted(name, tmp_path):
-    _, value = train(name, "Delayed", tmp_path)
+    *_, value = train(name, "Delayed", tmp_path)
     assert value(0.0) == pytest.approx(0.5, abs=0.07) and value(1.0) == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("name", PLAYERS)
 @pytest.mark.parametrize("env", ["Chosen", "Matching"])
 def test_the_rewarded_action_is_chosen(name, env, tmp_path):
-    policy, _ = train(name, env, tmp_path)
+    net, *_ = train(name, env, tmp_path)
     obs = torch.tensor([[-1.0], [1.0]]) if env == "Matching" else torch.zeros(2, 1)
-    probs = policy.net(obs).softmax(-1)
+    probs = net(obs).softmax(-1)
     assert probs[1, 1] > 0.9
     assert probs[0, 0 if env == "Matching" else 1] > 0.9
 
@@ -67,13 +72,13 @@ def test_the_rewarded_action_is_chosen(name, env, tmp_path):
 def test_a_time_limit_is_no_end(name, tmp_path):
     """Reward 1 for ever: V = 1 / (1 - gamma), though each episode stops after ten steps."""
     steps = 60_000 if name == "actor_critic" else 40_000
-    _, value = train(name, "Endless", tmp_path, gamma=0.9, total_timesteps=steps)
+    *_, value = train(name, "Endless", tmp_path, gamma=0.9, total_timesteps=steps)
     assert value(0.0) == pytest.approx(10, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["actor_critic", "ppo"])
 def test_reset_only_rows_teach_nothing(name, tmp_path):
-    _, value = train(name, "Bait", tmp_path, gamma=0.9, total_timesteps=40_000)
+    *_, value = train(name, "Bait", tmp_path, gamma=0.9, total_timesteps=40_000)
     assert value(0.0) == pytest.approx(1, abs=0.1)
     assert abs(value(1.0)) < 0.1
 
@@ -86,5 +91,5 @@ def test_box_actions(name, tmp_path):
         "actor_critic": 80_000,
         "ppo": 40_000,
     }
-    policy, _ = train(name, "Target", tmp_path, total_timesteps=steps[name], learning_rate=3e-3)
-    assert policy.mode(torch.zeros(1, 1)).item() == pytest.approx(0.5, abs=0.1)
+    _, mode, _ = train(name, "Target", tmp_path, total_timesteps=steps[name], learning_rate=3e-3)
+    assert mode(torch.zeros(1, 1)).item() == pytest.approx(0.5, abs=0.1)

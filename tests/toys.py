@@ -2,7 +2,7 @@
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Discrete, MultiBinary
+from gymnasium.spaces import Box, Discrete, MultiBinary, Text
 
 
 class Toy(gym.Env):
@@ -119,9 +119,24 @@ class BrokenObservation(Toy):
 
 
 class Switches(Toy):
-    """An action space that the scripts do not support."""
+    """Three switches; only ppo.py can set them. Rewarded: the first and the last on, not the other."""
 
     action_space = MultiBinary(3)
+
+    def step(self, action):
+        return self.see(0), float((action == [1, 0, 1]).mean()), True, False, {}
+
+
+class Speaking(Toy):
+    """An action space that no script supports."""
+
+    action_space = Text(5)
+
+
+class Reading(Toy):
+    """An observation space that no script supports."""
+
+    observation_space = Text(5)
 
 
 for kind in (
@@ -135,6 +150,8 @@ for kind in (
     BrokenReward,
     BrokenObservation,
     Switches,
+    Speaking,
+    Reading,
 ):
     gym.register(f"{kind.__name__}-v0", kind)
 gym.register("Endless-v0", Endless, max_episode_steps=10)

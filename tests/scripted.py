@@ -1,0 +1,123 @@
+"""Environments whose every step is known in advance, alone and in batches, for test_ppo_envs.py."""
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+
+LENGTHS = [3, 1, 5, 2, 4, 1, 1, 6]  # of the episodes of Scripted, one after another, then again
+
+
+def observed(episode, t):
+    """Two numbers that differ in every step."""
+    return np.array([np.sin(1.7 * episode + t), np.cos(episode + 2.3 * t)], dtype=np.float32)
+
+
+def rewarded(episode, t):
+    """Of the step out of observation t."""
+    return float(np.sin(5.1 * episode + 3.7 * t))
+
+
+class Scripted(gym.Env):
+    """Actions change nothing. Even episodes terminate, odd ones meet a time limit."""
+
+    observation_space, action_space = Box(-1, 1, (2,), np.float32), Discrete(2)
+    episode = -1
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.t = self.episode + 1, 0
+        return observed(self.episode, 0), {}
+
+    def step(self, action):
+        reward, self.t = rewarded(self.episode, self.t), self.t + 1
+        end = self.t == LENGTHS[self.episode % len(LENGTHS)]
+        even = self.episode % 2 == 0
+        return observed(self.episode, self.t), reward, end and even, end and not even, {}
+
+
+def same_step(num_envs, **kwargs):
+    return SyncVectorEnv([Scripted] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+class Garbage(SyncVectorEnv):
+    """Scripted, but its reset-only steps report rewards that no one must see."""
+
+    amount = 0.0
+
+    def step(self, actions):
+        reset_only = self._autoreset_envs.copy()
+        obs, reward, *rest = super().step(actions)
+        return obs, np.where(reset_only, self.amount, reward), *rest
+
+
+class InTensors(VectorEnv):
+    """Speaks in tensors only, and reuses its own: reward is the action, episodes have 4 steps."""
+
+    single_observation_space, single_action_space = Box(-9, 9, (3,), np.float32), Box(-1, 1, (2,))
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+
+    def __init__(self, num_envs, **kwargs):
+        self.num_envs, self.obs, self.t = num_envs, torch.zeros(num_envs, 3), 0
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return self.obs.zero_(), {}
+
+    def step(self, actions):
+        assert isinstance(actions, torch.Tensor) and actions.shape == (self.num_envs, 2)
+        assert actions.abs().max() <= 1
+        reset, no = self.t == 4, torch.zeros(self.num_envs, dtype=torch.bool)
+        self.t = 0 if reset else self.t + 1
+        self.obs.fill_(self.t)
+        return self.obs, actions[:, 0] * (not reset), no | (self.t == 4), no, {}
+
+
+class Spaces(gym.Env):
+    """One episode of five steps over whatever spaces its kwargs name; checks each action."""
+
+    def __init__(self, obs, action):
+        self.observation_space, self.action_space = SPACES[obs], SPACES[action]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        self.t = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), (self.action_space, action)
+        self.t += 1
+        return self.observation_space.sample(), 1.0, self.t == 5, False, {}
+
+
+SPACES = {
+    "discrete": Discrete(3),
+    "from5": Discrete(3, start=5),
+    "multi": MultiDiscrete([2, 5, 3]),
+    "grid": MultiDiscrete([[2, 3], [4, 2]]),
+    "multifrom": MultiDiscrete([2, 3], start=[1, -4]),
+    "binary": MultiBinary(4),
+    "switches": MultiBinary([2, 2]),
+    "box": Box(-1, 1, (2,), np.float32),
+    "table": Box(-2, 2, (2, 3), np.float32),
+    "whole": Box(0, 20, (3,), np.int64),
+    "dict": Dict({"a": Box(-1, 1, (2, 2), np.float32), "b": Discrete(3), "c": MultiBinary(2)}),
+    "text": Dict({"a": Box(-1, 1, (2,), np.float32), "said": Text(4)}),
+    "tuple": Tuple([Discrete(2), MultiDiscrete([2, 3]), Box(-1, 1, (1,), np.float32)]),
+    "first": Box(0, 255, (3, 40, 36), np.uint8),
+    "last": Box(0, 255, (40, 36, 3), np.uint8),
+    "stack": Box(0, 255, (4, 40, 36, 3), np.uint8),
+    "gray": Box(0, 255, (40, 36), np.uint8),
+    "tiny": Box(0, 255, (7, 7, 3), np.uint8),
+}
+for name in SPACES:
+    gym.register(f"Sees-{name}-v0", Spaces, kwargs={"obs": name, "action": "discrete"})
+    gym.register(f"Does-{name}-v0", Spaces, kwargs={"obs": "box", "action": name})
+gym.register("Scripted-v0", Scripted)
+gym.register("SameStep-v0", Scripted, vector_entry_point=same_step)
+gym.register(
+    "Garbage-v0", Scripted, vector_entry_point=lambda num_envs: Garbage([Scripted] * num_envs)
+)
+gym.register("InTensors-v0", vector_entry_point=InTensors)

@@ -1,0 +1,85 @@
+"""ppo.py beside Stable-Baselines3: the same batch and weights, the same advantages and gradient."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import ppo
+
+sb3 = pytest.importorskip("stable_baselines3")
+
+
+def test_advantages_are_the_same():
+    from stable_baselines3.common.buffers import RolloutBuffer
+
+    rng, steps, num_envs = np.random.default_rng(0), 50, 3
+    spaces = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+    buffer = RolloutBuffer(steps, *spaces, gae_lambda=0.9, gamma=0.97, n_envs=num_envs)
+    reward, value = rng.normal(size=(2, steps + 1, num_envs)).astype(np.float32)
+    done = rng.random((steps + 1, num_envs)) < 0.1
+    for t in range(steps):  # theirs tells of each observation whether it begins an episode
+        action = np.zeros((num_envs, 1))
+        buffer.add(np.zeros((num_envs, 2)), action, reward[t], done[t], torch.tensor(value[t]),
+                   torch.zeros(num_envs))
+    buffer.compute_returns_and_advantage(torch.tensor(value[steps]), done[steps])
+    reward, value, ends = (torch.tensor(array) for array in (reward, value, done))
+    advantage = ppo.gae(reward[:-1], value[:-1], value[1:], ends[1:], ends[1:], 0.97, 0.9)
+    np.testing.assert_allclose(advantage, buffer.advantages, atol=1e-6)
+    np.testing.assert_allclose(advantage + value[:-1], buffer.returns, atol=1e-6)
+
+
+def copy_weights(policy, agent):
+    """From Stable-Baselines3's 64-64 tanh networks into the agent's."""
+    with torch.no_grad():
+        for theirs, ours in [(policy.mlp_extractor.policy_net, agent.actor),
+                             (policy.mlp_extractor.value_net, agent.critic)]:
+            for i in (0, 2):
+                ours[i].load_state_dict(theirs[i].state_dict())
+        agent.actor[4].load_state_dict(policy.action_net.state_dict())
+        agent.critic[4].load_state_dict(policy.value_net.state_dict())
+        if agent.log_std is not None:
+            agent.log_std.copy_(policy.log_std)
+
+
+@pytest.mark.parametrize("env_id, vf_coef", [("CartPole-v1", 0.3), ("Pendulum-v1", 1e-5)])
+def test_losses_and_gradients_are_the_same(env_id, vf_coef, monkeypatch):
+    """Two epochs, so that the second has ratios that are not 1; plain gradient descent."""
+    torch.manual_seed(0)
+    peer = sb3.PPO("MlpPolicy", env_id, n_steps=64, batch_size=64, n_epochs=2, ent_coef=0.1,
+                   vf_coef=vf_coef, max_grad_norm=1e9, clip_range=0.05, device="cpu", seed=0)
+    torch.nn.init.orthogonal_(peer.policy.action_net.weight, 1.0)
+    _, callback = peer._setup_learn(64)
+    peer.collect_rollouts(peer.env, callback, peer.rollout_buffer, 64)
+    peer.policy.optimizer = torch.optim.SGD(peer.policy.parameters(), lr=3.0)
+    monkeypatch.setattr(peer, "_update_learning_rate", lambda *args: None)
+    envs = ppo.VectorEnv(ppo.Args(env_id=env_id), 1, torch.device("cpu"))
+    agent = ppo.Agent(envs.obs_shape, envs.choices, envs.action_size)
+    copy_weights(peer.policy, agent)
+    buffer = peer.rollout_buffer
+    columns = [torch.tensor(array).squeeze(1) for array in (
+        buffer.observations, buffer.actions, buffer.log_probs, buffer.values, buffer.advantages,
+        buffer.returns)]
+    columns[1] = columns[1].long() if envs.choices else columns[1]
+    batch = ppo.Batch(*columns)
+    logprob, _, value = agent(batch.obs, batch.action)
+    torch.testing.assert_close(logprob, batch.logprob, atol=1e-6, rtol=0)
+    torch.testing.assert_close(value, batch.value, atol=1e-6, rtol=0)
+
+    logs = {}
+    peer.logger.record = lambda name, value, **kwargs: logs.__setitem__(name, value)
+    peer.train()
+    optimizer = torch.optim.SGD(agent.parameters(), lr=3.0)
+    batch = batch._replace(advantage=ppo.normalize(batch.advantage))
+    args = ppo.Args(num_minibatches=1, update_epochs=2, ent_coef=0.1, vf_coef=vf_coef,
+                    max_grad_norm=1e9)
+    report = ppo.update(agent, optimizer, batch, ppo.objective, 0.05, args)
+    assert report["clip_fraction"] > 0.1, "the second epoch must have something to clip"
+    for ours, theirs in [("policy_loss", "policy_gradient_loss"), ("value_loss", "value_loss"),
+                         ("clip_fraction", "clip_fraction"), ("approx_kl", "approx_kl")]:
+        if ours != "approx_kl":  # theirs is that of the last epoch
+            assert report[ours].item() == pytest.approx(logs[f"train/{theirs}"], abs=1e-6, rel=1e-5)
+    twin = ppo.Agent(envs.obs_shape, envs.choices, envs.action_size)
+    copy_weights(peer.policy, twin)  # two steps later
+    for (name, ours), theirs in zip(agent.named_parameters(), twin.parameters()):
+        torch.testing.assert_close(ours, theirs, atol=3e-6, rtol=1e-5)
