@@ -466,7 +466,8 @@ def leave():
 def compiled(agent, function, device):
     """The function, compiled, and with it the agent's sampling; on a GPU as CUDA graphs."""
     mode = "reduce-overhead" if device.type == "cuda" else "default"
-    agent.sample = torch.compile(agent.sample, mode=mode)
+    sample = torch.compile(agent.sample, mode=mode)
+    agent.sample = lambda obs: sample(obs).clone()  # a graph writes into the same place each time
     return torch.compile(function, mode=mode)
 
 
@@ -519,13 +520,11 @@ class VectorEnv:
         if self.frame is not None:  # Atari: a new game counts its frames from zero again
             frame, self.frame = self.frame, info["episode_frame_number"].copy()
             over = truncated | torch.from_numpy(self.frame < frame)
-        final_obs, valid = obs[:0], torch.ones_like(done)
-        if not self.same_step:
-            final_obs = obs[done.to(obs.device)]
-            valid, self.ended = ~self.ended.to(done.device), done
-        elif done.any():
-            final = info["final_obs"]
-            final_obs = self.observe(np.stack([final[i] for i in done.nonzero().flatten()]))
+        valid = torch.ones_like(done) if self.same_step else ~self.ended.to(done.device)
+        self.ended, ends = done, done.nonzero().flatten()
+        final_obs = obs[ends]
+        if self.same_step and len(ends) > 0:
+            final_obs = self.observe(np.stack([info["final_obs"][i] for i in ends]))
         return obs, final_obs, reward, terminated, done, over, valid
 
     def act(self, action):

@@ -13,6 +13,8 @@ from pathlib import Path
 import cartpole
 import tasks
 
+import ppo
+
 ROOT = Path(__file__).resolve().parent.parent
 LADDER = {
     "reinforce": ("REINFORCE ([Williams 1992](https://doi.org/10.1007/BF00992696))", "—"),
@@ -23,7 +25,7 @@ LADDER = {
                      "Barto, 13.5, 13.6](http://incompleteideas.net/book/the-book-2nd.html))",
                      "an update after every step, from the value of the next state"),
     "ppo": ("PPO with GAE ([Schulman et al. 2017](https://arxiv.org/abs/1707.06347))",
-            "batches, used several times under a clipped objective"),
+            "batches, used several times under a clipped objective; every kind of space"),
 }
 
 
@@ -63,6 +65,8 @@ def render(text):
         "ladder": ladder(),
         "solve": cartpole.solve_table(cartpole.read_rows(folder / "cartpole.csv")),
         "equal": cartpole.equal_table(cartpole.read_rows(folder / "cartpole_equal.csv")),
+        "ppo": ppo.score_table(),
+        "speed": ppo.speed_table(),
         "tasks": tasks.table(),
     }
     for name, table in tables.items():

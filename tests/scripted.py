@@ -56,9 +56,9 @@ class InTensors(VectorEnv):
     """Speaks in tensors only, and reuses its own: reward is the action, episodes have 4 steps."""
 
     single_observation_space, single_action_space = Box(-9, 9, (3,), np.float32), Box(-1, 1, (2,))
-    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
 
     def __init__(self, num_envs, **kwargs):
+        self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
         self.num_envs, self.obs, self.t = num_envs, torch.zeros(num_envs, 3), 0
 
     def reset(self, *, seed=None, options=None):

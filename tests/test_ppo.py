@@ -3,8 +3,6 @@
 import pytest
 import torch
 from conftest import OneUpdate
-from gymnasium.spaces import Discrete
-from torch import nn
 
 import ppo
 

@@ -205,7 +205,8 @@ def plain(agent, episodes):
     rows = []
     for episode in range(episodes):
         length = LENGTHS[episode % len(LENGTHS)]
-        value = agent.value(torch.tensor(np.array([observed(episode, t) for t in range(length + 1)])))
+        obs = np.array([observed(episode, t) for t in range(length + 1)])
+        value = agent.value(torch.tensor(obs))
         if episode % 2 == 0:
             value = torch.cat([value[:-1], torch.zeros(1)])
         delta = [rewarded(episode, t) + 0.9 * value[t + 1] - value[t] for t in range(length)]
@@ -233,8 +234,8 @@ def test_reset_only_rows_change_nothing(monkeypatch):
         monkeypatch.setattr(scripted.Garbage, "amount", amount)
         run = OneUpdate(updates=3)
         monkeypatch.setattr(ppo, "Run", run)
-        ppo.train(ppo.Args(env_id="scripted:Garbage-v0", num_envs=4, num_steps=16, num_minibatches=2,
-                           total_timesteps=10_000, norm_obs=True, norm_reward=False))
+        flags = {"num_envs": 4, "num_steps": 16, "num_minibatches": 2, "norm_obs": True}
+        ppo.train(ppo.Args(env_id="scripted:Garbage-v0", total_timesteps=10_000, **flags))
         weights.append(torch.cat([p.flatten() for p in run.parts["agent"].state_dict().values()]))
     assert torch.equal(*weights)
 
@@ -265,7 +266,8 @@ def test_normalizer_is_numpy_on_all_rows():
     expected = (rows - rows.mean(0)) / rows.std(0)
     np.testing.assert_allclose(normalizer(x), expected, atol=0.15)
     assert normalizer(x * 1e6).abs().max() == 10
-    np.testing.assert_allclose(normalizer(x / 100, center=False), rows / 100 / rows.std(0), rtol=0.03)
+    expected = rows / 100 / rows.std(0)
+    np.testing.assert_allclose(normalizer(x / 100, center=False), expected, rtol=0.03)
 
 
 def test_reward_sums_begin_anew_after_every_end(monkeypatch):
@@ -356,7 +358,8 @@ def test_eval_only_refuses_what_is_not_a_run(tmp_path, capsys):
 def atari(monkeypatch, **kwargs):
     ale_py = pytest.importorskip("ale_py")
     spec = gym.spec("ALE/Breakout-v5")
-    plain = dict(game="breakout", repeat_action_probability=0.0, noop_max=0, use_fire_reset=False)
+    plain = {"game": "breakout", "repeat_action_probability": 0.0, "noop_max": 0}
+    plain |= {"use_fire_reset": False}
     gym.register("ALE/Plain-v5", spec.entry_point, vector_entry_point=spec.vector_entry_point,
                  kwargs=plain | kwargs)
     assert ale_py
@@ -371,12 +374,12 @@ def test_atari_frame_by_frame(monkeypatch):
     one = gym.wrappers.AtariPreprocessing(one, noop_max=0)
     one = gym.wrappers.FrameStackObservation(one, 4, padding_type="zero")
     obs, (expected, info) = envs.reset([1]), one.reset(seed=1)
-    lives, rewards, games, score = info["lives"], [], 0, 0.0
+    lives, rewards, games = info["lives"], [], 0
     rng = np.random.default_rng(0)
     for step in range(900):
         np.testing.assert_array_equal(obs[0].numpy(), expected, err_msg=f"step {step}")
         action = 1 if step % 20 == 0 else int(rng.integers(4))
-        obs, final_obs, reward, terminated, done, over, valid = envs.step(torch.tensor([[action]]))
+        obs, final_obs, reward, terminated, _, over, valid = envs.step(torch.tensor([[action]]))
         expected, true_reward, ended, _, info = one.step(action)
         rewards.append(true_reward)
         assert reward.item() == true_reward, "raw, not clipped"

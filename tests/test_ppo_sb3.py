@@ -81,5 +81,5 @@ def test_losses_and_gradients_are_the_same(env_id, vf_coef, monkeypatch):
             assert report[ours].item() == pytest.approx(logs[f"train/{theirs}"], abs=1e-6, rel=1e-5)
     twin = ppo.Agent(envs.obs_shape, envs.choices, envs.action_size)
     copy_weights(peer.policy, twin)  # two steps later
-    for (name, ours), theirs in zip(agent.named_parameters(), twin.parameters()):
+    for ours, theirs in zip(agent.parameters(), twin.parameters()):
         torch.testing.assert_close(ours, theirs, atol=3e-6, rtol=1e-5)

@@ -14,7 +14,7 @@ PLAYERS = {"reinforce": {"total_timesteps": 4_000}, **FAST}
 
 
 def train(name, env, tmp_path, **flags):
-    """Of a finished run: most probable action and its probabilities, and V, of a number observed."""
+    """Of a finished run: logits or means, most probable actions, and V of a number observed."""
     script = importlib.import_module(name)
     args = script.Args(
         env_id=f"toys:{env}-v0", run_dir=str(tmp_path / "run"), **(PLAYERS[name] | flags)
@@ -23,7 +23,8 @@ def train(name, env, tmp_path, **flags):
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     if name == "ppo":
         envs = script.VectorEnv(args, 1, torch.device("cpu"))
-        agent = script.Agent(envs.obs_shape, envs.choices, envs.action_size, norm_obs=env == "Target")
+        sizes = envs.obs_shape, envs.choices, envs.action_size
+        agent = script.Agent(*sizes, norm_obs=env == "Target")
         agent.load_state_dict(state["agent"])
         return agent.actor, agent.mode, lambda number: agent.value(torch.tensor([[number]])).item()
     envs = script.Envs(args.env_id, 1, torch.device("cpu"))

@@ -119,7 +119,7 @@ class BrokenObservation(Toy):
 
 
 class Switches(Toy):
-    """Three switches; only ppo.py can set them. Rewarded: the first and the last on, not the other."""
+    """Three switches, which only ppo.py can set; best are the first and the last."""
 
     action_space = MultiBinary(3)
 
