@@ -383,8 +383,8 @@ def train(args):
 PRESETS = {  # of a flag that is not given: for choices (Discrete and the like), Box actions, images
     "total_timesteps": (200_000, 1_000_000, 10_000_000),
     "learning_rate": (6e-3, 1e-3, 2.5e-4),
-    "num_envs": (64, 64, 8),
-    "num_steps": (32, 32, 128),
+    "num_envs": (64, 8, 8),
+    "num_steps": (32, 256, 128),
     "gamma": (0.98, 0.99, 0.99),
     "num_minibatches": (8, 8, 4),
     "update_epochs": (3, 10, 4),

@@ -43,9 +43,9 @@ TASKS = [  # (task, flags beside the presets, goal, seeds)
      "--gamma 0.999 --learning-rate 2e-3", 250, 10),
     ("Pendulum-v1", "--total-timesteps 200000 --num-envs 16 --num-steps 128 --gamma 0.98 "
      "--log-std -0.5", -180, 10),
-    ("HalfCheetah-v5", "", 5500, 10),
+    ("HalfCheetah-v5", "--num-envs 64 --num-steps 32", 5500, 10),
     ("Hopper-v5", "", 2600, 5),
-    ("Walker2d-v5", "--learning-rate 5e-4 --log-std -0.5", 4000, 5),
+    ("Walker2d-v5", "", 4000, 5),
 ]
 EQUAL = [  # (task, settings, flags of ppo.py, (environments, keywords) of the peer, steps)
     ("CartPole-v1", "ours", "", (64, {"n_steps": 32, "batch_size": 256, "n_epochs": 3,
@@ -53,7 +53,7 @@ EQUAL = [  # (task, settings, flags of ppo.py, (environments, keywords) of the p
     ("CartPole-v1", "theirs", shlex.join(cartpole.SB3_SETTINGS), (8, {"n_steps": 32,
      "batch_size": 256, "n_epochs": 20, "gamma": 0.98, "gae_lambda": 0.8, "learning_rate": 1e-3}),
      50_000),
-    ("HalfCheetah-v5", "ours", "", (64, {"n_steps": 32, "batch_size": 256, "learning_rate": 1e-3}),
+    ("HalfCheetah-v5", "ours", "--num-envs 64 --num-steps 32", (64, {"n_steps": 32, "batch_size": 256, "learning_rate": 1e-3}),
      100_000),
     ("HalfCheetah-v5", "theirs", "--num-envs 1 --num-steps 2048 --num-minibatches 32 "
      "--learning-rate 3e-4", (1, {}), 40_000),
