@@ -1,6 +1,7 @@
 """ppo.py and environments: every space, both autoreset modes, Atari, normalisers, evaluation."""
 
 import itertools
+import json
 import math
 import sys
 
@@ -185,6 +186,49 @@ def test_environments_of_tensors():
     assert torch.equal(done, terminated) and done[:, 0].nonzero().flatten().tolist() == [3, 8]
 
 
+# Presets
+
+
+@pytest.mark.parametrize(
+    "env, column",
+    [("CartPole-v1", 0), ("scripted:Does-multi-v0", 0), ("Pendulum-v1", 1),
+     ("scripted:Does-table-v0", 1), ("scripted:Sees-last-v0", 2)],
+)
+def test_presets_by_the_spaces(env, column, capsys):
+    """Chosen, printed, and every flag that is given stays."""
+    args, device, rank, world_size = ppo.settle(ppo.Args(env_id=env, device="cpu"))
+    assert (device, rank, world_size) == (CPU, 0, 1)
+    printed = capsys.readouterr().out
+    for flag, values in ppo.PRESETS.items():
+        assert getattr(args, flag) == values[column]
+        assert f"{flag.replace('_', '-')} {values[column]}" in printed
+    given = {"total_timesteps": 9_000, "learning_rate": 0.5, "num_envs": 12, "num_steps": 40,
+             "gamma": 0.7, "num_minibatches": 3, "update_epochs": 2, "clip_coef": 0.4,
+             "ent_coef": 0.3, "norm_obs": False, "norm_reward": True, "clip_reward": False}
+    assert given.keys() == ppo.PRESETS.keys()
+    args, *_ = ppo.settle(ppo.Args(env_id=env, device="cpu", **given))
+    assert {flag: getattr(args, flag) for flag in given} == given
+    default = ppo.Args()
+    unset = {name for name in default.__dataclass_fields__ if getattr(default, name) is None}
+    assert unset - {"target_kl", "stop_at"} == set(ppo.PRESETS)
+
+
+def test_presets_are_saved_and_resumed(tmp_path, monkeypatch):
+    ppo.train(ppo.Args(env_id="Pendulum-v1", num_envs=4, num_steps=16, num_minibatches=2,
+                       total_timesteps=64, run_dir=str(tmp_path)))
+    saved = json.loads((tmp_path / "args.json").read_text())
+    assert saved["norm_obs"] is True and saved["gamma"] == 0.99
+    monkeypatch.setitem(ppo.PRESETS, "gamma", (0.1, 0.1, 0.1))
+    monkeypatch.setattr(sys, "argv", ["x", "--resume", str(tmp_path)])
+    assert ppo.parse(ppo.Args).gamma == 0.99, "a new table must not change an old run"
+
+
+def test_images_are_not_normalised_twice(capsys):
+    with pytest.raises(SystemExit) as stop:
+        ppo.settle(ppo.Args(env_id="scripted:Sees-last-v0", norm_obs=True))
+    assert stop.value.code == 2 and "--norm-obs" in capsys.readouterr().err
+
+
 # Autoreset: one truth, three ways to it
 
 
@@ -200,32 +244,54 @@ def batch_of(env_id, num_steps, monkeypatch, **flags):
     return agent, batch, returns
 
 
-def plain(agent, episodes):
-    """obs, advantage and target of whole episodes, by the definition, one step after another."""
+def plain(agent, num_rows):
+    """obs, advantage and target of that many steps, by the definition, one after another."""
     rows = []
-    for episode in range(episodes):
-        length = LENGTHS[episode % len(LENGTHS)]
+    for episode in itertools.count():
+        length = min(LENGTHS[episode % len(LENGTHS)], num_rows - len(rows))
         obs = np.array([observed(episode, t) for t in range(length + 1)])
         value = agent.value(torch.tensor(obs))
-        if episode % 2 == 0:
+        if episode % 2 == 0 and length == LENGTHS[episode % len(LENGTHS)]:
             value = torch.cat([value[:-1], torch.zeros(1)])
         delta = [rewarded(episode, t) + 0.9 * value[t + 1] - value[t] for t in range(length)]
         for t in range(length):
             advantage = sum(0.63 ** (k - t) * delta[k] for k in range(t, length))
             rows.append((torch.tensor(observed(episode, t)), advantage, advantage + value[t]))
-    return [torch.stack(column).detach() for column in zip(*rows)]
+        if len(rows) == num_rows:
+            return [torch.stack(column).detach() for column in zip(*rows)]
 
 
 @pytest.mark.parametrize("mode", ["Scripted", "SameStep"])
-def test_both_autoreset_modes_see_what_a_plain_loop_sees(mode, monkeypatch):
-    agent, batch, returns = batch_of(f"scripted:{mode}-v0", 60, monkeypatch)
-    obs, advantage, target = plain(agent, episodes=12)
-    assert len(obs) <= len(batch.obs) == (60 if mode == "SameStep" else 60 - 14 - 1)
-    torch.testing.assert_close(batch.obs[: len(obs)], obs)
-    torch.testing.assert_close(batch.target[: len(obs)], target)
-    torch.testing.assert_close((batch.target - batch.value)[: len(obs)], advantage)
+@pytest.mark.parametrize("num_steps", range(50, 62))
+def test_both_autoreset_modes_see_what_a_plain_loop_sees(mode, num_steps, monkeypatch):
+    """However many steps: a batch may end within an episode, with its last step, or its reset."""
+    agent, batch, returns = batch_of(f"scripted:{mode}-v0", num_steps, monkeypatch)
+    if mode == "SameStep":
+        assert len(batch.obs) == num_steps
+    obs, advantage, target = plain(agent, len(batch.obs))
+    torch.testing.assert_close(batch.obs, obs)
+    torch.testing.assert_close(batch.target, target)
+    torch.testing.assert_close(batch.target - batch.value, advantage)
     expected = [sum(rewarded(e, t) for t in range(LENGTHS[e % 8])) for e in range(len(returns))]
-    assert returns.tolist() == pytest.approx(expected, abs=1e-5) and len(returns) >= 12
+    assert returns.tolist() == pytest.approx(expected, abs=1e-5) and len(returns) >= 10
+
+
+def test_returns_are_those_of_whole_games(monkeypatch):
+    """What ends for the value, a life, does not end a game: its rewards add up to one return."""
+    step, run = ppo.VectorEnv.step, OneUpdate()
+
+    def lives(self, action):
+        *rest, done, _, valid = step(self, action)
+        self.count = getattr(self, "count", 0) + done.long()
+        return *rest, done, done & (self.count % 3 == 0), valid
+
+    monkeypatch.setattr(ppo.VectorEnv, "step", lives)
+    monkeypatch.setattr(ppo, "Run", run)
+    ppo.train(ppo.Args(env_id="scripted:Scripted-v0", num_envs=1, num_steps=60, num_minibatches=1,
+                       total_timesteps=10_000))
+    sums = [sum(rewarded(e, t) for t in range(LENGTHS[e % 8])) for e in range(9)]
+    games = [sum(sums[i : i + 3]) for i in (0, 3, 6)]
+    assert run.rows[0][1].tolist()[:3] == pytest.approx(games, abs=1e-5)
 
 
 def test_reset_only_rows_change_nothing(monkeypatch):
@@ -333,6 +399,26 @@ def test_a_loaded_agent_acts_as_the_trained_one_did(tmp_path, monkeypatch, capsy
     obs = torch.randn(50, 3) * 5
     assert torch.equal(*(agent.mode(agent.normalizer(obs)) for agent in agents))
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before, "evaluation learned"
+
+
+def test_evaluation_plays_one_episode_each_with_normalised_observations(monkeypatch):
+    args, seen = ppo.Args(env_id="scripted:Scripted-v0"), []
+    agent = ppo.Agent((2,), [2], 1, norm_obs=True)
+    agent.normalizer.mean += 3.0
+    mode = agent.mode
+    monkeypatch.setattr(agent, "mode", lambda obs: (seen.append(obs), mode(obs))[1])
+    returns = ppo.play(args, agent, CPU, 4)
+    assert returns.tolist() == pytest.approx([sum(rewarded(0, t) for t in range(3))] * 4)
+    torch.testing.assert_close(seen[0], torch.tensor(observed(0, 0) - 3.0).expand(4, 2))
+    assert len(seen) == 3 and agent.normalizer.count == 0
+    clock = itertools.count(1)  # now environment n ends with step n + 1, and goes on rewarding
+
+    def step(self, action):
+        over = torch.arange(4) < next(clock)
+        return torch.zeros(4, 2), None, torch.ones(4), None, None, over, None
+
+    monkeypatch.setattr(ppo.VectorEnv, "step", step)
+    assert ppo.play(args, agent, CPU, 4).tolist() == [1, 2, 3, 4]
 
 
 def test_video_of_an_episode(tmp_path, capsys):
