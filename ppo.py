@@ -409,7 +409,8 @@ def settle(args):
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         rank, world_size = dist.get_rank(), dist.get_world_size()
-    envs = VectorEnv(args, 1, device)
+    envs = VectorEnv(args, 1, device)  # one, to see what it is
+    envs.envs.close()
     kind = 2 if len(envs.obs_shape) == 3 else 0 if envs.choices else 1
     preset = {flag: row[kind] for flag, row in PRESETS.items() if getattr(args, flag) is None}
     args = dataclasses.replace(args, **preset)
