@@ -158,6 +158,14 @@ def test_clipped_value_loss(value, loss, slope):
     assert ppo.value_error(value, torch.zeros(1), torch.ones(1)) == (value - 1).square()
 
 
+@pytest.mark.parametrize("clip_vloss", [False, True])
+def test_the_flag_for_clipped_values_reaches_the_loss(clip_vloss):
+    agent, _, batch = make_batch()
+    part = batch._replace(value=batch.value + 5, target=batch.value - 1)
+    _, report = ppo.objective(agent, part, 0.2, clip_vloss, 0.5, 0.0)
+    assert report[1].item() == pytest.approx(5.8**2 if clip_vloss else 1.0, rel=1e-4)
+
+
 def test_advantages_are_normalised():
     advantage = torch.randn(50, dtype=torch.float64) * 3 + 2
     normal = ppo.normalize(advantage)

@@ -272,6 +272,7 @@ def test_both_autoreset_modes_see_what_a_plain_loop_sees(mode, num_steps, monkey
     torch.testing.assert_close(batch.obs, obs)
     torch.testing.assert_close(batch.target, target)
     torch.testing.assert_close(batch.target - batch.value, advantage)
+    torch.testing.assert_close(batch.advantage, (advantage - advantage.mean()) / advantage.std())
     expected = [sum(rewarded(e, t) for t in range(LENGTHS[e % 8])) for e in range(len(returns))]
     assert returns.tolist() == pytest.approx(expected, abs=1e-5) and len(returns) >= 10
 
@@ -370,6 +371,41 @@ def test_observations_are_normalised_by_the_batches_before(monkeypatch):
     torch.testing.assert_close(caught[0].obs, rows[:first])
     expected = (rows[first:][:second] - rows[:first].mean(0)) / rows[:first].std(0)
     torch.testing.assert_close(caught[1].obs, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_actions_are_drawn_from_normalised_observations():
+    envs = make("scripted:Scripted-v0", 1)
+    agent = ppo.Agent(envs.obs_shape, envs.choices, envs.action_size, norm_obs=True)
+    agent.normalizer.update(torch.randn(50, *envs.obs_shape) * 3 + 5)
+    seen, sample = [], agent.sample
+    agent.sample = lambda obs: (seen.append(obs), sample(obs))[1]
+    obs, *_ = ppo.rollout(envs, agent, envs.reset([0]), 5)
+    torch.testing.assert_close(torch.stack(seen), agent.normalizer(obs[:-1]))
+
+
+def test_gae_sees_scaled_rewards_and_values_of_normalised_observations(monkeypatch):
+    """Also at the ends of episodes, where the successor is the true last observation."""
+    caught, played, run = [], [], OneUpdate(updates=2)
+    rollout, gae = ppo.rollout, ppo.gae
+
+    def watch(reward, value, next_value, *rest):
+        agent, scale = run.parts["agent"], run.parts["scale"]
+        obs, raw = played[-1][0], played[-1][3]
+        torch.testing.assert_close(value, agent.value(agent.normalizer(obs[:-1])))
+        torch.testing.assert_close(next_value, agent.value(agent.normalizer(obs[1:])))
+        torch.testing.assert_close(reward, (raw / scale.var.sqrt()).clamp(-10, 10))
+        caught.append(agent.normalizer.count.item())
+        return gae(reward, value, next_value, *rest)
+
+    monkeypatch.setattr(ppo, "Run", run)
+    monkeypatch.setattr(ppo, "gae", watch)
+    monkeypatch.setattr(ppo, "rollout", lambda *a: (played.append(rollout(*a)), played[-1])[1])
+    with torch.no_grad():
+        monkeypatch.setattr(ppo, "update", lambda *args: {})
+        ppo.train(ppo.Args(env_id="scripted:Scripted-v0", num_envs=1, num_steps=60,
+                           num_minibatches=1, total_timesteps=10_000, norm_obs=True,
+                           norm_reward=True))
+    assert len(caught) == 2 and caught[1] > 30
 
 
 # Evaluation
@@ -478,6 +514,16 @@ def test_atari_frame_by_frame(monkeypatch):
             expected, info = one.reset()
             lives, games = info["lives"], games + 1
     assert games >= 2 and sum(rewards) > 0
+
+
+def test_atari_rewards_come_raw():
+    pytest.importorskip("ale_py")
+    envs = make("ALE/SpaceInvaders-v5", 2)
+    envs.reset([0])
+    rng, rewards = np.random.default_rng(0), []
+    for _ in range(150):
+        rewards.append(envs.step(torch.tensor(rng.integers(6, size=(2, 1))))[2])
+    assert torch.stack(rewards).max() >= 5, "an invader is worth 5 points or more"
 
 
 def test_atari_rewards_are_clipped_for_learning_alone(monkeypatch):

@@ -123,7 +123,7 @@ def test_a_real_run_of_two_ranks(tmp_path):
                 assert torch.equal(ours[0], theirs[0]) and ours[1] == theirs[1]
                 assert ours[2] == theirs[2] or ours[2] != ours[2]
             else:
-                assert ours.shape == (33, 4, 4) and not torch.equal(ours, theirs)
+                assert ours.shape == (33, 4, 4) and not torch.equal(ours[0], theirs[0])
         assert not torch.equal(actions[0], actions2[0])
     assert seen[-1][1] == 1536
     assert sorted(os.listdir(tmp_path / "run")) == ["args.json", "checkpoint.pt", "metrics.csv"]

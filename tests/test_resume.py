@@ -168,3 +168,11 @@ def test_a_kill_during_save_leaves_the_old_checkpoint(script, tmp_path, monkeypa
         script.train(script.Args(resume=str(tmp_path), total_timesteps=4_096, num_envs=16))
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert os.path.exists(tmp_path / "checkpoint.tmp")
+
+
+def test_checkpoints_are_written_on_the_way(script, tmp_path, monkeypatch):
+    steps, save = [], script.Run.save
+    monkeypatch.setattr(script.Run, "save", lambda run: (steps.append(run.iteration), save(run)))
+    script.train(script.Args(run_dir=str(tmp_path), total_timesteps=8_192, num_envs=16,
+                             checkpoint_every=2))
+    assert steps[:3] == [0, 2, 4] and len(steps) >= 4
