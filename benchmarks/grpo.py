@@ -1,0 +1,217 @@
+"""How fast and how well does grpo.py learn, alone and beside TRL's GRPOTrainer?
+
+    python benchmarks/grpo.py --model FOLDER    run all and write the files (FOLDER: SmolLM2-135M)
+    python benchmarks/grpo.py --only default    run one part (default, speed, curve), keep the rest
+    python benchmarks/grpo.py --report          print the tables from the files, run nothing
+
+grpo.csv        a row for each seed of `python grpo.py`: the whole process in seconds, accuracies.
+grpo_speed.csv  one process at a time, in turns: the median seconds of a step (2 prompts of about 45
+                tokens by 8 completions of exactly 32, sampled, scored and learned from) and the
+                process's peak memory. TRL has its defaults but for the sizes.
+grpo_curve.csv  the metrics of one run on sums with the pretrained model.
+grpo.json       commit, date, machine, versions, command.
+"""
+
+import argparse
+import csv
+import importlib.util
+import itertools
+import json
+import re
+import resource
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cartpole
+
+HERE = Path(__file__).resolve().parent
+SEEDS = range(11, 16)
+PROMPTS = [[{"role": "user", "content": f"What is {a} + {b}? Answer with the number alone."}]
+           for a, b in ((12, 7), (45, 38))]
+RESULTS = ["seed", "seconds", "greedy_before", "sampled_before", "greedy_after", "sampled_after"]
+SPEEDS = ["contestant", "run", "seconds_per_step", "peak_mib"]
+CURVE = "--task addition --num-prompts 8 --num-generations 8 --max-completion-length 16 " \
+        "--eval-every 10 --eval-prompts 128 --learning-rate 5e-6"
+
+
+def worth(completion):
+    """A reward that differs within every group, so that no work is skipped."""
+    return (sum(map(ord, completion)) % 7) / 7
+
+
+def step_ours(model, bf16, steps):
+    """Seconds of each step of grpo.py's own functions."""
+    import torch
+
+    spec = importlib.util.spec_from_file_location("script", HERE.parent / "grpo.py")
+    grpo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(grpo)
+    args, device, *_ = grpo.settle_flags(grpo.Args(model=model, bf16=bf16, num_prompts=2))
+    policy, text = grpo.load_model(args, device)
+    sampler = grpo.make_sampler(policy, device, args)
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, fused=True)
+    prompts, seconds = [text.encode(prompt) for prompt in PROMPTS], []
+    for step in range(steps):
+        start = time.perf_counter()
+        grpo.refresh(sampler, policy)
+        tokens, _, _, sampled = grpo.sample(sampler, prompts, 8, 32, 1.0, [-1], step)
+        rows = tokens.tolist()
+        rewards = torch.tensor([worth(text.decode(row)) for row in rows]).view(2, 8)
+        advantage = grpo.group_advantage(rewards, args.scale_rewards).flatten()
+        completions = [(i // 8, i, row) for i, row in enumerate(rows)]
+        tensors = torch.ones_like(sampled).bool(), sampled, advantage
+        tensors = [torch.cat([x, torch.zeros_like(x[:1])]) for x in tensors]
+        grpo.improve(policy, None, optimizer, grpo.Answers(prompts, completions, *tensors), args)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def step_trl(model, bf16, steps):
+    """Seconds of each step of TRL's trainer."""
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    torch.set_num_threads(2)
+    stamps = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            stamps.append(time.perf_counter())
+
+        def on_train_end(self, *args, **kwargs):
+            stamps.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            output_dir=folder, use_cpu=True, bf16=bf16, per_device_train_batch_size=16,
+            num_generations=8, max_completion_length=32, max_steps=steps, report_to=[],
+            save_strategy="no", logging_strategy="no", gradient_checkpointing=False,
+            generation_kwargs={"min_new_tokens": 32}, model_init_kwargs={"dtype": "float32"},
+            temperature=1.0, disable_tqdm=True)
+        GRPOTrainer(
+            model=model, args=config, callbacks=[Watch()],
+            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+            reward_funcs=lambda completions, **_: [worth(c[0]["content"]) for c in completions],
+        ).train()
+    return [b - a for a, b in itertools.pairwise(stamps)]
+
+
+CONTESTANTS = {  # name: (function, bfloat16)
+    "grpo bfloat16": ("step_ours", True),
+    "grpo float32": ("step_ours", False),
+    "trl float32": ("step_trl", False),
+    "trl bfloat16": ("step_trl", True),
+}
+
+
+def measure(contestant, model, steps):
+    """Print the median of the steps after the first, and the peak memory; runs in a process."""
+    function, bf16 = CONTESTANTS[contestant]
+    seconds = globals()[function](model, bf16, steps)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps([statistics.median(seconds[1:]), peak]))
+
+
+def speed_rows(model):
+    for run in (1, 2, 3):
+        for name in CONTESTANTS:
+            call = f"import grpo; grpo.measure({name!r}, {model!r}, 4)"
+            done = subprocess.run([sys.executable, "-c", call], cwd=HERE, check=True, text=True,
+                                  capture_output=True)
+            seconds, peak = json.loads(done.stdout.splitlines()[-1])
+            print(f"{name}: {seconds:.2f} s a step, {peak:,.0f} MiB", flush=True)
+            yield dict(zip(SPEEDS, [name, run, round(seconds, 3), round(peak)]))
+
+
+def default_rows():
+    """`python grpo.py` as a stranger runs it, with each seed."""
+    for seed in SEEDS:
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, HERE.parent / "grpo.py", "--seed", str(seed), "--run-dir",
+                 f"{folder}/run"], check=True, capture_output=True, text=True)
+            seconds = time.perf_counter() - start
+        figures = re.findall(r"(?:greedy|sampled) ([0-9.]+)", done.stdout)
+        print(f"seed {seed}: {seconds:.0f} s, {figures}", flush=True)
+        yield dict(zip(RESULTS, [seed, round(seconds, 1), *map(float, figures)]))
+
+
+def curve(model, minutes):
+    """One run on sums with the pretrained model, ended after the minutes and evaluated."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [*shlex.split(CURVE), "--model", model, "--run-dir", f"{folder}/run"]
+        done = subprocess.Popen([sys.executable, HERE.parent / "grpo.py", *flags])
+        try:
+            done.wait(minutes * 60)
+        except subprocess.TimeoutExpired:
+            done.kill()
+        shutil.copy(f"{folder}/run/metrics.csv", HERE / "grpo_curve.csv")
+
+
+def read(name):
+    path = HERE / name
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def default_table():
+    """Markdown, from grpo.csv."""
+    lines = ["| seed | seconds | greedy before | after | sampled before | after |",
+             "|---|---|---|---|---|---|"]
+    for row in read("grpo.csv"):
+        lines.append("| {seed} | {seconds} | {greedy_before} | {greedy_after} | {sampled_before} "
+                     "| {sampled_after} |".format(**row))
+    return "\n".join(lines)
+
+
+def speed_table():
+    """Markdown, from grpo_speed.csv: medians, and what they are of TRL's in float32."""
+    rows, medians = read("grpo_speed.csv"), {}
+    for name in CONTESTANTS:
+        mine = [row for row in rows if row["contestant"] == name]
+        medians[name] = [statistics.median(float(row[column]) for row in mine)
+                         for column in SPEEDS[2:]]
+    peer = medians["trl float32"]
+    lines = ["| contestant | seconds a step | TRL's float32 time over it | peak MiB "
+             "| of TRL's float32 |", "|---|---|---|---|---|"]
+    lines += [f"| {name} | {seconds:.2f} | {peer[0] / seconds:.1f} | {peak:,.0f} "
+              f"| {peak / peer[1]:.2f} |" for name, (seconds, peak) in medians.items()]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--report", action="store_true", help="only print the tables")
+    parser.add_argument("--only", nargs="+", choices=["default", "speed", "curve"])
+    parser.add_argument("--model", help="folder of SmolLM2-135M-Instruct, for speed and curve")
+    parser.add_argument("--minutes", type=float, default=60, help="for the curve")
+    args = parser.parse_args()
+    if not args.report:
+        command = ["python", *(a for a in sys.argv if a != args.model)]
+        source = cartpole.provenance() | {"command": shlex.join(command)}
+        (HERE / "grpo.json").write_text(json.dumps(source, indent=2) + "\n")
+        parts = args.only or ["default", "speed", "curve"]
+        if "default" in parts:
+            cartpole.write_rows(HERE / "grpo.csv", RESULTS, default_rows())
+        if "speed" in parts:
+            cartpole.write_rows(HERE / "grpo_speed.csv", SPEEDS, speed_rows(args.model))
+        if "curve" in parts:
+            curve(args.model, args.minutes)
+    print(default_table())
+    if read("grpo_speed.csv"):
+        print("\n" + speed_table())
+
+
+if __name__ == "__main__":
+    main()
