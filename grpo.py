@@ -165,7 +165,7 @@ def reward(completion, example):
 
 def next_logprob(states, weight, temperature):
     """log π (..., V), float32, of the token after states (..., D), in sampler and trainer."""
-    return F.linear((states / temperature).to(weight.dtype), weight).float().log_softmax(-1)  # [C6]
+    return F.linear((states / temperature).to(weight.dtype), weight).float().log_softmax(-1)
 
 
 @torch.no_grad()
@@ -239,6 +239,11 @@ def plan(prompts, completions, budget):
                 room = budget - len(prompts[index])
             packs[-1][1].append((row, tokens))
             room -= len(tokens)
+    return fill_batches(packs, budget)
+
+
+def fill_batches(packs, budget):
+    """Micro-batches of packs, each of at most `budget` tokens or of one pack."""
     parts, widest = [], 0
     for pack in sorted(packs, key=pack_size, reverse=True):  # of like sizes: little padding
         if not parts or (len(parts[-1]) + 1) * widest > budget:
@@ -631,10 +636,25 @@ PRESETS = {  # [C1]
 
 
 def settle_flags(args):
-    """Join the other processes, if torchrun started any, and give each flag a value.
+    """Give each flag a value; returns (args, device, rank, number of processes)."""
+    device, rank, world_size = join(args)
+    if args.preset not in PRESETS:
+        fail(f"--preset {args.preset}: must be one of {', '.join(PRESETS)}")
+    length = 256 if args.data else 32 if args.model else 4 if args.task == "addition" else 12
+    values = {
+        **dict(zip(PRESET_FLAGS, PRESETS[args.preset])),
+        "max_completion_length": length,
+        "learning_rate": 2e-6 if args.model else 3e-4,
+        "bf16": bool(args.model),
+    }
+    args = settle_values(args, values, rank)
+    if args.num_prompts % world_size:
+        fail(f"--num-prompts {args.num_prompts}: does not divide by {world_size} processes")
+    return args, device, rank, world_size
 
-    Returns (args, device, rank, number of processes).
-    """
+
+def join(args):
+    """Join the other processes, if torchrun started any; returns (device, rank, their number)."""
     name, rank, world_size = args.device, 0, 1
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -650,28 +670,15 @@ def settle_flags(args):
         rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     torch.manual_seed(args.seed)
-    if args.preset not in PRESETS:
-        fail(f"--preset {args.preset}: must be one of {', '.join(PRESETS)}")
-    length = 256 if args.data else 32 if args.model else 4 if args.task == "addition" else 12
-    values = {
-        **dict(zip(PRESET_FLAGS, PRESETS[args.preset])),
-        "max_completion_length": length,
-        "learning_rate": 2e-6 if args.model else 3e-4,
-        "bf16": bool(args.model),
-    }
-    unset = {name: value for name, value in values.items() if getattr(args, name) is None}
-    args = dataclasses.replace(args, **unset)
-    check_numbers(args, world_size)
-    if rank == 0:
-        chosen = [f"{name.replace('_', '-')} {value}" for name, value in unset.items()]
-        print(f"{world_size} process(es) with {torch.get_num_threads()} thread(s) on {device};",
-              ", ".join(chosen))
-    return args, device, rank, world_size
+    return device, rank, world_size
 
 
-def check_numbers(args, world_size):
-    """Refuse what is out of range."""
-    zero = ("seed", "imitation_steps", "lora_rank", "beta", "epsilon", "epsilon_high")
+def settle_values(args, values, rank):
+    """args with these values where a flag was not given; refuses numbers that are out of range."""
+    values = {name: value for name, value in values.items() if getattr(args, name) is None}
+    args = dataclasses.replace(args, **values)
+    zero = ("seed", "imitation_steps", "lora_rank", "beta", "epsilon", "epsilon_high",
+            "label_smoothing", "gamma_margin", "nll_coef")
     for field in dataclasses.fields(args):
         value, flag = getattr(args, field.name), field.name.replace("_", "-")
         if type(value) not in (int, float) or field.name == "stop_at":
@@ -680,8 +687,10 @@ def check_numbers(args, world_size):
         low = low if type(value) is int or low == 0 else 1e-12
         if not low <= value < math.inf:
             fail(f"--{flag} {value}: must be at least {low}")
-    if args.num_prompts % world_size:
-        fail(f"--num-prompts {args.num_prompts}: does not divide by {world_size} processes")
+    if rank == 0:
+        chosen = [f"{name.replace('_', '-')} {value}" for name, value in values.items()]
+        print(f"{torch.get_num_threads()} thread(s) a process;", ", ".join(chosen))
+    return args
 
 
 def mine(rows, count):
@@ -891,10 +900,11 @@ class Tokenizer:
         self.special = {name: value["content"] if isinstance(value, dict) else value
                         for name, value in read["tokenizer_config.json"].items()
                         if name.endswith("_token") and value}
-        ids = [read[name].get("eos_token_id") for name in ("config.json", "generation_config.json")]
-        ids = {i for found in ids for i in (found if isinstance(found, list) else [found])}
-        ids.add(self.inner.token_to_id(self.special.get("eos_token", "")))
-        self.stop_ids = sorted(ids - {None})
+        ids = [self.inner.token_to_id(self.special.get("eos_token", ""))]
+        for name in ("config.json", "generation_config.json"):
+            found = read[name].get("eos_token_id")
+            ids += found if isinstance(found, list) else [found]
+        self.stop_ids = [i for i in dict.fromkeys(ids) if i is not None]  # the first ends a turn
         template = read["tokenizer_config.json"].get("chat_template")
         if (folder / "chat_template.jinja").exists():
             template = (folder / "chat_template.jinja").read_text()
@@ -1059,7 +1069,7 @@ def imitate(model, text, draw, args):
         left = 1 - step / args.imitation_steps
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 3 * left)
         examples = [draw(rng) for _ in range(256)]
-        packs = [(text.encode(e["prompt"]), [(0, [*text.encode(e["teacher"]), *text.stop_ids])])
+        packs = [(text.encode(e["prompt"]), [(0, [*text.encode(e["teacher"]), text.stop_ids[0]])])
                  for e in examples]
         logprob, _ = model(*collate(packs, model.frequency.device)[0], 1.0)
         optimizer.zero_grad()
@@ -1116,7 +1126,7 @@ class Journal:
         self.args, self.model, self.optimizer, self.reference = args, model, optimizer, reference
         self.writes = os.environ.get("RANK", "0") == "0"  # of several processes, only the first
         self.step, self.seconds, self.score, self.before = 0, 0.0, math.nan, {}
-        task = Path(args.data).stem or args.task
+        task = Path(args.data).stem or getattr(args, "task", "pairs")
         name = f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
         if args.resume:

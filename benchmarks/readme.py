@@ -13,6 +13,8 @@ from pathlib import Path
 import cartpole
 import tasks
 
+import dpo
+import grpo
 import ppo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +28,13 @@ LADDER = {
                      "an update after every step, from the value of the next state"),
     "ppo": ("PPO with GAE ([Schulman et al. 2017](https://arxiv.org/abs/1707.06347))",
             "batches, used several times under a clipped objective; every kind of space"),
+}
+
+LANGUAGE = {
+    "grpo": ("GRPO and its kin ([Shao et al. 2024](https://arxiv.org/abs/2402.03300))",
+             "REINFORCE with the mean of a group of answers as baseline, PPO's clip"),
+    "dpo": ("DPO and its kin ([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290))",
+            "no sampling: a classification loss whose optimum is the best policy"),
 }
 
 
@@ -48,14 +57,28 @@ def ladder():
     lines = ["| file | method | new in it | code lines, to the end of `train` | CartPole-v1 solved "
              "| median whole process |", "|---|---|---|---|---|---|"]
     for name, (method, new) in LADDER.items():
-        source = (ROOT / f"{name}.py").read_text()
-        code, mark = code_lines(source), source[: source.index("\n# Below this line")].count("\n")
         rows = groups[name]
         lines.append(
-            f"| [`{name}.py`]({name}.py) | {method} | {new} | {len(code)}, "
-            f"{sum(line <= mark for line in code)} | {sum(row['solved'] for row in rows):.0f} of "
+            f"| [`{name}.py`]({name}.py) | {method} | {new} | {sizes(name)} | "
+            f"{sum(row['solved'] for row in rows):.0f} of "
             f"{len(rows)} | {cartpole.median(rows, 'process_seconds', True):.1f} s |")
     return "\n".join(lines)
+
+
+def language():
+    """Markdown: a line for each script."""
+    lines = ["| file | method | what is new | code lines, to the end of `train` |",
+             "|---|---|---|---|"]
+    lines += [f"| [`{name}.py`]({name}.py) | {method} | {new} | {sizes(name)} |"
+              for name, (method, new) in LANGUAGE.items()]
+    return "\n".join(lines)
+
+
+def sizes(name):
+    """Code lines of a script, and of these down to the end of train."""
+    source = (ROOT / f"{name}.py").read_text()
+    code, mark = code_lines(source), source[: source.index("\n# Below this line")].count("\n")
+    return f"{len(code)}, {sum(line <= mark for line in code)}"
 
 
 def render(text):
@@ -68,6 +91,11 @@ def render(text):
         "ppo": ppo.score_table(),
         "speed": ppo.speed_table(),
         "tasks": tasks.table(),
+        "language": language(),
+        "grpo": grpo.default_table(),
+        "grpo speed": grpo.speed_table(),
+        "dpo": dpo.default_table(),
+        "dpo speed": dpo.speed_table(),
     }
     for name, table in tables.items():
         before, rest = text.split(f"<!-- {name} -->\n", 1)

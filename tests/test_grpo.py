@@ -812,7 +812,7 @@ def test_a_real_run_of_two_processes(tmp_path, capsys):
     """Trains, writes once, resumes, and one process takes its checkpoint."""
     run = tmp_path / "run"
     out = torchrun(ROOT / "grpo.py", *SHORT, "--max-steps", 2, "--run-dir", run, "--preset", "grpo")
-    assert out.count("held-out prompts") == 1 and out.count("process(es)") == 1
+    assert out.count("held-out prompts") == 1 and out.count("thread(s)") == 1
     torchrun(ROOT / "grpo.py", "--resume", run, "--max-steps", 3)
     assert call(capsys, "--resume", run, "--max-steps", 4)[0] == 0
     assert len((run / "metrics.csv").read_text().splitlines()) == 5
