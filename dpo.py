@@ -75,7 +75,7 @@ class Args:
     imitation_steps: int = 500  # of the tiny GPT, before DPO
     eval_every: int = 20  # batches from one held-out evaluation to the next
     eval_pairs: int = 256  # held-out pairs
-    tokens_per_micro_batch: int = 8192  # a limit to memory; changes no gradient [C5]
+    tokens_per_micro_batch: int | None = None  # limits memory; None: 8192, with --model 1024 [C5]
     gradient_checkpointing: bool = False  # less memory: compute activations again going backward
     lora_rank: int = 0  # train adapters of this rank instead of the weights
     bf16: bool | None = None  # bfloat16 compute on float32 weights; default: with --model
@@ -285,7 +285,8 @@ def settle_pairs(args):
     device, rank, _ = join(args)
     big = bool(args.model)
     values = {"num_pairs": 16 if big else 256, "learning_rate": 1e-6 if big else 5e-4,
-              "beta": 0.1 if big else 0.5, "bf16": big}
+              "beta": 0.1 if big else 0.5, "bf16": big,
+              "tokens_per_micro_batch": 1024 if big else 8192}
     args = settle_values(args, values, rank)
     if args.beta == 0 or args.label_smoothing >= 0.5:
         fail(f"--beta {args.beta}, --label-smoothing {args.label_smoothing}: must be above 0, and "

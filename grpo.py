@@ -64,7 +64,7 @@ class Args:
     task: Literal["addition", "countdown"] = "addition"  # what to ask where there is no --data
     data: str = ""  # JSON lines with `prompt` (text or chat messages) and `answer`
     seed: int = 1  # of the weights, the prompts and the sampling
-    max_steps: int = 200  # batches to sample and learn from
+    max_steps: int = 400  # batches to sample and learn from
     num_prompts: int = 128  # B: prompts of a batch, in all processes
     num_generations: int = 8  # G: completions of each prompt
     max_completion_length: int | None = None  # C: tokens of a completion; None: as the task needs
@@ -80,7 +80,7 @@ class Args:
     beta: float | None = None  # β, weight of KL(π‖π_ref) to the policy before training
     num_iterations: int = 1  # updates with each batch
     mask_truncated_completions: bool = False  # learn nothing from those that did not end
-    imitation_steps: int = 350  # of the tiny GPT, before GRPO
+    imitation_steps: int = 500  # of the tiny GPT, before GRPO
     eval_every: int = 20  # batches from one held-out evaluation to the next
     eval_prompts: int = 256  # held-out prompts of an evaluation
     tokens_per_micro_batch: int = 8192  # a limit to memory; changes no gradient [C5]

@@ -33,7 +33,8 @@ def model_of(**changes):
 
 
 def flags(**changes):
-    values = {"num_pairs": 4, "learning_rate": 0.01, "beta": 0.3, "bf16": False} | changes
+    values = {"num_pairs": 4, "learning_rate": 0.01, "beta": 0.3, "bf16": False,
+              "tokens_per_micro_batch": 8192} | changes
     return dpo.Args(**values)
 
 
