@@ -491,11 +491,12 @@ def sample(model, prompts, num_generations, max_length, temperature, stop_ids, s
     logprobs, ended = torch.zeros_like(tokens, dtype=torch.float), torch.zeros_like(row).bool()
     for t in range(max_length):
         logprob = next_logprob(states, model.lm_head.weight, temperature or 1.0)  # (rows left, V)
-        token = logprob.argmax(-1, keepdim=True)
         if temperature:  # the first at which the sum of probabilities exceeds a random number
             point = torch.rand(len(row), 1, generator=draw, device=device, dtype=torch.double)
             token = torch.searchsorted(logprob.double().exp().cumsum(-1), point, right=True)
             token = token.clamp(max=logprob.shape[1] - 1)
+        else:
+            token = logprob.argmax(-1, keepdim=True)
         tokens[row, t], logprobs[row, t] = token[:, 0], logprob.gather(1, token)[:, 0]
         ended[row] |= torch.isin(token[:, 0], stop_ids)
         if t % 16 == 15 and t + 1 < max_length:  # seldom: to look means to wait for the device
@@ -653,7 +654,11 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         x = x.to(self.weight.dtype)
-        y = super().forward(x)
+        if x.shape[1] == 1:  # decoding: a CPU reads the weights faster this way round
+            y = (self.weight @ x[:, 0].T).T.unsqueeze(1)
+            y = y if self.bias is None else y + self.bias
+        else:
+            y = super().forward(x)
         if self.rank and self.adapted:
             y = y + F.linear(F.linear(x, self.lora_a), self.lora_b) * 2
         return y
@@ -757,16 +762,16 @@ class Decoder(nn.Module):
             mask = (same | (segment == 0)[:, None, :]).tril()
             states = self.states(tokens, position, mask).flatten(0, 1)[source]    # (K, D)
             parts = [checkpoint(self.score, *part, temperature, use_reentrant=False)
-                     for part in zip(states.split(128), target.split(128))]
+                     for part in zip(states.split(512), target.split(512))]
         logprob, entropy = zip(*parts)
         return torch.cat(logprob), torch.cat(entropy)
 
     def score(self, states, target, temperature):
         """The same of states (K, D). In parts, and again going backward: (K, V) is the largest."""
         logprob = next_logprob(states, self.lm_head.weight, temperature)
-        with torch.no_grad():
-            entropy = -(logprob.exp() * logprob).sum(-1)
-        return logprob.gather(-1, target[:, None])[:, 0], entropy
+        chosen = logprob.gather(-1, target[:, None])[:, 0]
+        with torch.no_grad():  # last: the second time ends before it
+            return chosen, -(logprob.exp() * logprob).sum(-1)
 
     def states(self, tokens, position, mask, cache=None, columns=None):
         """States (N, L, D) behind tokens (N, L), of which each sees those where mask (N, L, S).
