@@ -10,7 +10,7 @@ grpo_speed.csv  one process at a time, in turns: the median seconds of a step (2
                 first three, in which memory is still claimed from the system, and the process's
                 peak memory. TRL has its defaults but for the sizes.
 grpo_curve.csv  the metrics of one run on sums with the pretrained model.
-grpo.json       commit, date, machine, versions, command.
+grpo.json       for each of the three: commit, date, machine, versions, command.
 """
 
 import argparse
@@ -199,10 +199,11 @@ def main():
     parser.add_argument("--minutes", type=float, default=60, help="for the curve")
     args = parser.parse_args()
     if not args.report:
-        command = ["python", *(a for a in sys.argv if a != args.model)]
+        parts, path = args.only or ["default", "speed", "curve"], HERE / "grpo.json"
+        command = ["python", *("FOLDER" if a == args.model else a for a in sys.argv)]
         source = cartpole.provenance() | {"command": shlex.join(command)}
-        (HERE / "grpo.json").write_text(json.dumps(source, indent=2) + "\n")
-        parts = args.only or ["default", "speed", "curve"]
+        sources = json.loads(path.read_text()) | dict.fromkeys(parts, source)
+        path.write_text(json.dumps(sources, indent=2) + "\n")
         if "default" in parts:
             cartpole.write_rows(HERE / "grpo.csv", RESULTS, default_rows())
         if "speed" in parts:

@@ -322,7 +322,10 @@ def test_rows_across_batches_are_dropped_too():
 
 def test_normalizer_is_numpy_on_all_rows():
     rng = np.random.default_rng(0)
-    batches = [rng.normal(3, 2, (n, 4)).astype(np.float32) * [1, 10, 0.1, 100] for n in (5, 64, 17)]
+    batches = [  # their means differ: that, too, is variance of all rows
+        rng.normal(mean, 2, (n, 4)).astype(np.float32) * [1, 10, 0.1, 100]
+        for mean, n in ((3, 5), (0, 64), (6, 17))
+    ]
     normalizer = ppo.Normalizer((4,))
     for batch in batches:
         normalizer.update(torch.tensor(batch, dtype=torch.float32))
@@ -381,6 +384,17 @@ def test_actions_are_drawn_from_normalised_observations():
     agent.sample = lambda obs: (seen.append(obs), sample(obs))[1]
     obs, *_ = ppo.rollout(envs, agent, envs.reset([0]), 5)
     torch.testing.assert_close(torch.stack(seen), agent.normalizer(obs[:-1]))
+
+
+def test_a_rollout_keeps_actions_as_they_were_drawn():
+    """Clipping is the environment's: log π of a clipped action would be that of another one."""
+    envs = make("scripted:Does-box-v0")
+    agent = agent_for(envs, log_std=2.0)
+    drawn, sample = [], agent.sample
+    agent.sample = lambda obs: (drawn.append(sample(obs)), drawn[-1].clone())[1]
+    _, action, *_ = ppo.rollout(envs, agent, envs.reset([0]), 5)
+    assert torch.equal(action, torch.stack(drawn))
+    assert (action.abs() > torch.tensor(envs.space.high)).any()
 
 
 def test_gae_sees_scaled_rewards_and_values_of_normalised_observations(monkeypatch):

@@ -128,6 +128,29 @@ def test_baseline_learns_from_raw_returns(one_update, monkeypatch):
     torch.testing.assert_close(value.net[-1].weight.grad, gradient)
 
 
+def test_the_baseline_is_subtracted_weighted_like_its_step(one_update, monkeypatch):
+    """What the policy learns from, by hand: the mean gradient does not tell a baseline's sign."""
+    script, seen = importlib.import_module("reinforce_baseline"), {}
+    loss = script.policy_gradient_loss
+
+    def keep(logprob, weight, mask):
+        seen.update(weight=weight, mask=mask)
+        return loss(logprob, weight, mask)
+
+    monkeypatch.setattr(script, "policy_gradient_loss", keep)
+    _, run = gradient_of_train(script, one_update, monkeypatch, gamma=0.8, value_learning_rate=0.0)
+    value, policy, envs = run.parts["value"], run.parts["policy"], AllTrajectories(None, None, None)
+    monkeypatch.setattr(script, "behave", envs.behave)
+    obs, action, reward, _ = script.play_episodes(envs, policy, 1.0, [0])
+    ratio = 2 * policy(obs, action)[0].exp()  # to the uniform behaviour
+    for n in range(0, reward.shape[1], 17):
+        for t in range(int(seen["mask"][:, n].sum())):
+            rho = [ratio[: k + 1, n].prod() for k in range(len(reward))]
+            total = sum(0.8 ** (k - t) * rho[k] * reward[k, n] for k in range(t, len(reward)))
+            expected = 0.8**t * (total - rho[t] * value(obs[t, n]))
+            torch.testing.assert_close(seen["weight"][t, n], expected)
+
+
 def test_variance_falls_with_the_baseline(monkeypatch):
     """Per-trajectory gradients under the uniform policy, with v̂ the true value and with v̂ = 0."""
     script = importlib.import_module("reinforce_baseline")
