@@ -127,6 +127,125 @@ def test_advantages_by_hand():
     assert grpo.group_advantage(reward, "leave-one-out")[0, 0] == pytest.approx(1 - others.item())
 
 
+@pytest.mark.parametrize(
+    "advantage, ratio, slope",
+    [
+        (1.0, 1.5, 0.0),
+        (-1.0, 0.5, 0.0),  # gone far enough where Â asks for it
+        (1.0, 0.5, 1.0),
+        (-1.0, 1.5, 1.0),
+        (1.0, 1.25, 1.0),  # ε_high is larger than ε
+        (-1.0, 0.75, 0.0),
+    ],
+)
+def test_clip_regions(advantage, ratio, slope):
+    logprob = torch.tensor([[ratio]], dtype=torch.float64).log().requires_grad_()
+    advantage = torch.tensor([advantage], dtype=torch.float64)
+    loss = grpo.policy_loss(logprob.exp(), logprob, advantage, "dapo", 0.2, 0.28)
+    gradient = torch.autograd.grad(loss.sum(), logprob)[0]
+    assert gradient.item() == pytest.approx(-slope * ratio * advantage.item())
+
+
+def test_cispo_clips_a_weight():
+    """No token loses its gradient: it is the clipped ratio times Â, and the ratio has none."""
+    logprob = torch.tensor([[0.1, 2.0, -3.0]], dtype=torch.float64, requires_grad=True)
+    loss = grpo.policy_loss(logprob.exp(), logprob, torch.tensor([0.5]), "cispo", 0.2, 4.0)
+    gradient = torch.autograd.grad(loss.sum(), logprob)[0]
+    torch.testing.assert_close(gradient, -0.5 * logprob.exp().clamp(max=5))
+
+
+def test_token_weights_by_hand():
+    """Two rows of a batch of 5 rows, 10 tokens and at most 4 a completion."""
+    mask = torch.tensor([[True, True, False, False], [True, False, False, False]])
+    expected = {
+        "grpo": [[0.1, 0.1, 0, 0], [0.2, 0, 0, 0]],
+        "dapo": [[0.1, 0.1, 0, 0], [0.1, 0, 0, 0]],
+        "cispo": [[0.1, 0.1, 0, 0], [0.1, 0, 0, 0]],
+        "dr_grpo": [[0.05, 0.05, 0, 0], [0.05, 0, 0, 0]],
+    }
+    for loss_type, weight in expected.items():
+        ours = grpo.token_weight(mask, loss_type, torch.tensor(5), torch.tensor(10), 4)
+        torch.testing.assert_close(ours, torch.tensor(weight))
+
+
+def asked(monkeypatch, **changes):
+    """What ask makes of four prompts' recorded completions: right, wrong, equal, cut off."""
+    rows = torch.tensor([[7, 0, 0], [8, 0, 0], [7, 0, 0], [7, 0, 0], [8, 7, 7], [7, 0, 0]])
+    length, ended = torch.tensor([2, 2, 2, 2, 3, 2]), torch.tensor([1, 1, 1, 1, 0, 1]).bool()
+    sampled = torch.arange(18.0).view(6, 3)
+    monkeypatch.setattr(grpo, "sample", lambda *args: (rows, length, ended, sampled))
+    monkeypatch.setattr(grpo, "reward", lambda text, example: float(text == example["answer"]))
+    text = SimpleNamespace(
+        encode=lambda prompt: [int(prompt)], decode=lambda row: str(row[0]), stop_ids=[0]
+    )
+    examples = [{"prompt": n, "answer": "7"} for n in "123"]
+    args = flags(num_generations=2, max_completion_length=3, **changes)
+    return grpo.ask(None, text, examples, 0, args)
+
+
+def test_of_equal_groups_nothing_is_learned_and_nothing_counted(monkeypatch):
+    batch, facts = asked(monkeypatch)
+    assert [(i, row) for i, row, _ in batch.completions] == [(0, 0), (0, 1), (2, 4), (2, 5)]
+    assert [c for *_, c in batch.completions] == [[7, 0], [8, 0], [8, 7, 7], [7, 0]]
+    assert batch.mask.sum(1).tolist() == [2, 2, 0, 0, 3, 2, 0]
+    assert batch.advantage.tolist() == [0.5, -0.5, 0, 0, -0.5, 0.5, 0]
+    assert facts.T.tolist() == [
+        [1, 0, 1, 1, 0, 1], [0, 0, 1, 1, 0, 0], [2, 2, 2, 2, 3, 2], [0, 0, 0, 0, 1, 0]
+    ]
+
+
+def test_truncated_completions_can_be_masked(monkeypatch):
+    """They stay in their group's mean all the same."""
+    batch, _ = asked(monkeypatch, mask_truncated_completions=True)
+    assert [row for _, row, _ in batch.completions] == [0, 1, 5]
+    assert batch.mask.sum(1).tolist() == [2, 2, 0, 0, 0, 2, 0]
+    assert batch.advantage[5] == 0.5
+
+
+def test_the_batchs_deviation_is_that_of_all_processes(monkeypatch):
+    """Another process has had four groups of which all are right or all wrong."""
+    others = torch.tensor([[1.0, 1.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    monkeypatch.setattr(grpo, "gather", lambda rows: torch.cat([rows, others]))
+    batch, _ = asked(monkeypatch, scale_rewards="batch")
+    std = torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1]).std()
+    assert batch.advantage[0].item() == pytest.approx(0.5 / (std.item() + 1e-4))
+
+
+class Enough(Exception):
+    """Ends train where a test has seen what it wants."""
+
+
+def start_of_train(monkeypatch, tmp_path, function, rank=0, **changes):
+    """The arguments with which train first calls this function of the script."""
+    settle, seen = grpo.settle_flags, []
+
+    def stop(*args):
+        seen.append(args)
+        raise Enough
+
+    monkeypatch.setattr(grpo, "settle_flags", lambda args: (*settle(args)[:2], rank, 2))
+    monkeypatch.setattr(grpo, function, stop)
+    run = str(tmp_path / f"{function}{rank}")
+    args = grpo.Args(imitation_steps=1, num_prompts=4, eval_prompts=4, run_dir=run, **changes)
+    with pytest.raises(Enough):
+        grpo.train(args)
+    return seen[0]
+
+
+def test_processes_have_other_prompts_and_other_random_numbers(monkeypatch, tmp_path):
+    (_, _, prompts, seed, _), (_, _, others, other, _) = (
+        start_of_train(monkeypatch, tmp_path, "ask", rank) for rank in (0, 1)
+    )
+    assert seed != other and len(prompts) == len(others) == 2 and prompts != others
+
+
+def test_the_reference_is_another_model_and_the_same_policy(monkeypatch, tmp_path):
+    model, reference, *_ = start_of_train(monkeypatch, tmp_path, "improve", beta=0.1)
+    for mine, theirs in zip(model.parameters(), reference.parameters()):
+        assert torch.equal(mine, theirs) and mine.data_ptr() != theirs.data_ptr()
+    assert start_of_train(monkeypatch, tmp_path / "none", "improve", beta=0.0)[1] is None
+
+
 def trl_loss(
     logprob,
     old,
@@ -258,6 +377,24 @@ def test_one_update_is_reinforce_with_the_groups_mean():
         grad, torch.cat([p.grad.flatten() for p in model.parameters()]), atol=1e-6, rtol=1e-4
     )
     assert grad.norm() > 0.01
+
+
+def test_the_kl_term_is_added_to_the_loss():
+    """Without advantages the gradient is β times that of the mean of ρ k3, by hand."""
+    model, reference = tiny(), tiny(seed=1)
+    completions = [(0, [3, 4, 0]), (0, [5, 1, 2, 0])]
+    batch = make_answers([[1, 2, 3]], completions, [0.0, 0.0])
+    grad, means = gradient(model, batch, flags(beta=0.3, max_grad_norm=1e9), reference)
+    model.zero_grad()
+    loss = 0
+    for _, completion in completions:
+        logprob = plain_logprobs(model, [1, 2, 3], completion)
+        ref = plain_logprobs(reference, [1, 2, 3], completion).detach()
+        loss = loss + 0.3 * grpo.kl_estimate(logprob, logprob.detach(), ref).sum() / 7
+    loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(grad, expected, atol=1e-6, rtol=1e-4)
+    assert means["loss"].item() == pytest.approx(loss.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
