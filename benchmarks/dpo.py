@@ -10,8 +10,7 @@ dpo_speed.csv     one process at a time, in turns: seconds of a step of 16 pairs
                   of 64 to 128 tokens together, log π_ref of these pairs included, and the process's
                   peak memory. TRL has its defaults but for the sizes.
 dpo_frontier.csv  mean reward and KL(π‖π_ref) of dpo.py for several β, and of the best policy π*.
-dpo_frontier.png  the same, drawn.
-dpo.json          commit, date, machine, versions, command.
+dpo.json          for each of the three: commit, date, machine, versions, command.
 """
 
 import argparse
@@ -31,12 +30,15 @@ import time
 from pathlib import Path
 
 import cartpole
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 SEEDS, BETAS = range(11, 16), (0.25, 0.5, 1.0, 2.0, 4.0)
 RESULTS = ["seed", "seconds", "pair_accuracy", "greedy_before", "sampled_before", "greedy_after",
            "sampled_after", "reward_before", "reward_after", "reward_best", "kl_to_ref",
            "kl_to_best_before", "kl_to_best_after"]
+PICTURES = {"img/dpo_frontier.png": "Mean reward against KL to the reference, learned and exact"}
 SPEEDS = ["contestant", "run", "seconds_per_step", "peak_mib"]
 FRONTIER = ["policy", "beta", "seed", "kl_to_ref", "reward"]
 
@@ -157,8 +159,8 @@ def default_rows():
 
 def frontier_rows():
     """Two policies for each β: what dpo.py made, and the best there is."""
-    for beta, seed in itertools.product(BETAS, (11, 12, 13)):
-        _, figures = train("--seed", seed, "--beta", beta, "--max-steps", 600)
+    for beta, seed in itertools.product(BETAS, (11, 12)):
+        _, figures = train("--seed", seed, "--beta", beta)
         row = dict(zip(RESULTS[2:], figures))
         print(f"beta {beta}, seed {seed}: {row}", flush=True)
         yield dict(zip(FRONTIER, ["dpo", beta, seed, row["kl_to_ref"], row["reward_after"]]))
@@ -169,21 +171,18 @@ def frontier_rows():
 
 
 def draw():
-    """dpo_frontier.png, from the CSV."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = read("dpo_frontier.csv")
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for policy, mark in (("best", "-"), ("dpo", "o")):
+    """docs/img/dpo_frontier.png, from dpo_frontier.csv."""
+    rows, figure = read("dpo_frontier.csv"), Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for policy, mark, label in (("best", "-", "π*, exact"), ("dpo", "o", "dpo.py")):
         points = sorted((float(row["kl_to_ref"]), float(row["reward"])) for row in rows
                         if row["policy"] == policy)
-        axes.plot(*zip(*points), mark, label={"best": "π*", "dpo": "dpo.py"}[policy])
-    axes.set(xlabel="KL(π‖π_ref)", ylabel="E[r]", title="Reward against distance, β from 4 to 0.25")
+        axes.plot(*zip(*points), mark, label=label)
+    axes.set(xlabel="KL(π‖π_ref)", ylabel="mean reward", title="Reward against distance")
     axes.legend()
-    figure.savefig(HERE / "dpo_frontier.png", dpi=120)
+    (HERE.parent / "docs" / "img").mkdir(exist_ok=True)
+    figure.savefig(HERE.parent / "docs" / "img" / "dpo_frontier.png", dpi=120)
 
 
 def read(name):
@@ -228,17 +227,19 @@ def main():
     parser.add_argument("--model", help="folder of SmolLM2-135M-Instruct, for speed")
     args = parser.parse_args()
     if not args.report:
-        command = ["python", *(a for a in sys.argv if a != args.model)]
+        parts, path = args.only or ["default", "speed", "frontier"], HERE / "dpo.json"
+        command = ["python", *("FOLDER" if a == args.model else a for a in sys.argv)]
         source = cartpole.provenance() | {"command": shlex.join(command)}
-        (HERE / "dpo.json").write_text(json.dumps(source, indent=2) + "\n")
-        parts = args.only or ["default", "speed", "frontier"]
+        sources = json.loads(path.read_text()) | dict.fromkeys(parts, source)
+        path.write_text(json.dumps(sources, indent=2) + "\n")
         if "default" in parts:
             cartpole.write_rows(HERE / "dpo.csv", RESULTS, default_rows())
         if "speed" in parts:
             cartpole.write_rows(HERE / "dpo_speed.csv", SPEEDS, speed_rows(args.model))
         if "frontier" in parts:
             cartpole.write_rows(HERE / "dpo_frontier.csv", FRONTIER, frontier_rows())
-            draw()
+    if read("dpo_frontier.csv"):
+        draw()
     print(default_table())
     if read("dpo_speed.csv"):
         print("\n" + speed_table())

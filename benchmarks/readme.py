@@ -5,6 +5,7 @@
 """
 
 import ast
+import csv
 import io
 import sys
 import tokenize
@@ -74,6 +75,13 @@ def language():
     return "\n".join(lines)
 
 
+def mutants():
+    """Markdown: how many, and how many of them a test has noticed."""
+    with (ROOT / "benchmarks" / "mutants.csv").open(newline="") as file:
+        caught = [bool(row["caught_by"]) for row in csv.DictReader(file)]
+    return f"**{len(caught)} known bugs, {sum(caught)} caught.**"
+
+
 def sizes(name):
     """Code lines of a script, and of these down to the end of train."""
     source = (ROOT / f"{name}.py").read_text()
@@ -96,6 +104,7 @@ def render(text):
         "grpo speed": grpo.speed_table(),
         "dpo": dpo.default_table(),
         "dpo speed": dpo.speed_table(),
+        "mutants": mutants(),
     }
     for name, table in tables.items():
         before, rest = text.split(f"<!-- {name} -->\n", 1)

@@ -298,8 +298,7 @@ def test_pairs_are_labelled_by_chance_as_the_reward_says():
             a, b = map(int, text.decode(prompt)[:-1].split("+"))
             rows += [
                 [*text.encode(f"{a + b:03}"[::-1]), 0],
-                [1, 1, 1, 0],
-                [1, 1, 1, 0],
+                *[[1, 1, 1, 0]] * 14,
                 [2, 2, 2, 0],
             ]
         length = torch.full((len(rows),), 4)
@@ -313,6 +312,8 @@ def test_pairs_are_labelled_by_chance_as_the_reward_says():
     with mock.patch.object(dpo, "sample", answer):
         pairs = [dpo.Pair(*p) for p in dpo.make_pairs(model, text, random.Random(0), 3000, False)]
     assert all(p.chosen != p.rejected for p in pairs)
+    once = {(*p.prompt, *map(tuple, sorted([p.chosen, p.rejected]))) for p in pairs}
+    assert len(once) > 0.8 * len(pairs), "the fourteen are one answer, not fourteen"
     clear = [p for p in pairs if {0, 9} == set(gains(p))]
     assert sum(gains(p)[0] == 9 for p in clear) / len(clear) > 0.995, "σ(9)"
     close = [p for p in pairs if abs(gains(p)[0] - gains(p)[1]) == 3]

@@ -1,0 +1,172 @@
+"""What does each choice do to the learning, and what does each broken line?
+
+    python benchmarks/ablations.py                   run all and write the files
+    python benchmarks/ablations.py --only choices    run one part (choices, lines), keep the other
+    python benchmarks/ablations.py --report          print the tables from the files, run nothing
+
+ablations.csv   a row for each run of a script with one choice changed, by a flag or a patched line,
+                seeds 11 to 15: the score at the end (GRPO: held-out greedy accuracy).
+lines.csv       a row for each mutant of tests/mutants that CartPole-v1 can show, and one for each
+                script as it is: the interquartile mean of the score after 100,000 steps, seeds 11
+                to 20, and the lowest and highest. A run that broke off counts with its last score.
+ablations.json  for each of the two: commit, date, machine, versions, command.
+
+Two runs at a time: nothing here is timed.
+"""
+
+import argparse
+import csv
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cartpole
+from plot import iqm
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.append(str(ROOT / "tests" / "mutants"))
+import run as mutants  # noqa: E402
+
+SEEDS, LINE_SEEDS, LINE_STEPS = range(11, 16), range(11, 21), 100_000
+COLUMNS = ["page", "task", "choice", "seed", "score"]
+LINE_COLUMNS = ["script", "bug", "steps", "seeds", "score", "lowest", "highest"]
+CARTPOLE, LONG = "--total-timesteps 100000", "--total-timesteps 300000"
+PENDULUM = ("--env-id Pendulum-v1 --total-timesteps 200000 --num-envs 16 --num-steps 128 "
+            "--gamma 0.98 --log-std -0.5")
+SUMS = "--max-steps 100 --eval-every 100"
+TRUNCATION = ("gamma * next_value * ~terminated - value", "gamma * next_value * ~done - value")
+RESET_ROWS = ("batch = Batch(*(column[valid] for column in columns))",
+              "batch = Batch(*(column.flatten(0, 1) for column in columns))")
+CHOICES = [  # page, task, choice, script, flags, patch
+    ("reinforce", "CartPole, 300,000 steps, γ .99", "γ^t as in the gradient (default)",
+     "reinforce", f"{LONG} --gamma 0.99", None),
+    ("reinforce", "CartPole, 300,000 steps, γ .99", "γ^t dropped",
+     "reinforce", f"{LONG} --gamma 0.99 --no-exact-discount", None),
+    ("reinforce_baseline", "CartPole, 300,000 steps", "no baseline (reinforce.py)",
+     "reinforce", LONG, None),
+    ("reinforce_baseline", "CartPole, 300,000 steps", "baseline (default)",
+     "reinforce_baseline", LONG, None),
+    *(("actor_critic", "CartPole, 300,000 steps", f"λ {trace}{' (default)' * (trace == 0.9)}",
+       "actor_critic", f"{LONG} --trace-lambda {trace}", None) for trace in (0.0, 0.5, 0.9, 1.0)),
+    ("actor_critic", "CartPole, 300,000 steps", "γ^t dropped", "actor_critic",
+     f"{LONG} --no-exact-discount", None),
+    ("ppo", "Pendulum, 200,000 steps", "bootstrap at a time limit (default)",
+     "ppo", PENDULUM, None),
+    ("ppo", "Pendulum, 200,000 steps", "a time limit counts as an end",
+     "ppo", PENDULUM, TRUNCATION),
+    ("ppo", "CartPole, 100,000 steps", "as it is (default)", "ppo", CARTPOLE, None),
+    ("ppo", "CartPole, 100,000 steps", "rows that only reset are kept",
+     "ppo", CARTPOLE, RESET_ROWS),
+    ("ppo", "CartPole, 100,000 steps", "value clipping [C3]", "ppo", f"{CARTPOLE} --clip-vloss",
+     None),
+    ("grpo", "sums, 100 batches", "advantage r − mean (default)", "grpo", SUMS, None),
+    ("grpo", "sums, 100 batches", "divided by the group's std", "grpo",
+     f"{SUMS} --scale-rewards group", None),
+    ("grpo", "sums, 100 batches, 4 updates each", "clip-higher, ε .2 and .28 (default)", "grpo",
+     f"{SUMS} --num-iterations 4", None),
+    ("grpo", "sums, 100 batches, 4 updates each", "ε .2 on both sides", "grpo",
+     f"{SUMS} --num-iterations 4 --epsilon-high 0.2", None),
+]
+
+
+def last_score(folder):
+    """The score in the last row of a run's metrics.csv; nan without one."""
+    path = folder / "metrics.csv"
+    rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    return float(rows[-1]["score"]) if rows else float("nan")
+
+
+def choice_row(job):
+    (page, task, choice, script, flags, patch), seed = job
+    with tempfile.TemporaryDirectory() as folder:
+        source, run = (ROOT / f"{script}.py").read_text(), Path(folder, "run")
+        if patch:
+            assert source.count(patch[0]) == 1, patch
+            source = source.replace(*patch)
+        Path(folder, f"{script}.py").write_text(source)
+        subprocess.run([sys.executable, f"{script}.py", *shlex.split(flags), "--seed", str(seed),
+                        "--run-dir", str(run)], cwd=folder, check=True, capture_output=True)
+        score = last_score(run)
+    print(f"{page}, {task}, {choice}, seed {seed}: {score:.3f}", flush=True)
+    return dict(zip(COLUMNS, [page, task, choice, seed, round(score, 4)]))
+
+
+def train_seeds(script, folder):
+    """Scores of the script in the folder with each seed; runs in a process of its own."""
+    sys.path.insert(0, folder)
+    module, scores = __import__(script), []
+    for seed in LINE_SEEDS:
+        run = Path(folder, str(seed))
+        args = module.Args(env_id="CartPole-v1", seed=seed, total_timesteps=LINE_STEPS,
+                           run_dir=str(run))
+        try:
+            scores.append(module.train(args))
+        except (Exception, SystemExit) as error:  # broken on purpose
+            print(f"seed {seed}: {type(error).__name__}: {error}", file=sys.stderr)
+            scores.append(last_score(run))
+    print(json.dumps([0.0 if score != score else score for score in scores]))
+
+
+def line_row(mutant):
+    """mutant: as mutants.load has them; or with no bug, the script as it is."""
+    script = mutant["script"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = (ROOT / f"{script}.py").read_text()
+        source = source.replace(mutant["line"], mutant["broken"]) if mutant["bug"] else source
+        Path(folder, f"{script}.py").write_text(source)
+        call = f"import ablations; ablations.train_seeds({script!r}, {folder!r})"
+        done = subprocess.run([sys.executable, "-c", call], cwd=HERE, check=True, text=True,
+                              capture_output=True)
+    scores = json.loads(done.stdout.splitlines()[-1])
+    print(f"{script}, {mutant['bug'] or 'as it is'}: {iqm(scores):.1f}", flush=True)
+    values = [script, mutant["bug"], LINE_STEPS, len(scores), round(iqm(scores), 2),
+              round(min(scores), 2), round(max(scores), 2)]
+    return dict(zip(LINE_COLUMNS, values))
+
+
+def table(page):
+    """Markdown, from ablations.csv: the interquartile mean and the range for each choice."""
+    path, groups = HERE / "ablations.csv", {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["page"] == page:
+                groups.setdefault((row["task"], row["choice"]), []).append(float(row["score"]))
+    lines = ["| task | choice | score, five seeds | lowest to highest |", "|---|---|---|---|"]
+    for (task, choice), scores in groups.items():
+        mean, low, high = (f"{x:.3f}" if abs(max(scores)) <= 1 and page == "grpo" else f"{x:.1f}"
+                           for x in (iqm(scores), min(scores), max(scores)))
+        lines.append(f"| {task} | {choice} | {mean} | {low} to {high} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--report", action="store_true", help="only print the tables")
+    parser.add_argument("--only", nargs="+", choices=["choices", "lines"])
+    args = parser.parse_args()
+    if not args.report:
+        parts, path = args.only or ["choices", "lines"], HERE / "ablations.json"
+        command = shlex.join(["python", "benchmarks/ablations.py", *sys.argv[1:]])
+        source = cartpole.provenance() | {"command": command}
+        old = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(old | dict.fromkeys(parts, source), indent=2) + "\n")
+        with ThreadPoolExecutor(2) as pool:
+            if "choices" in parts:
+                jobs = [(choice, seed) for choice in CHOICES for seed in SEEDS]
+                cartpole.write_rows(HERE / "ablations.csv", COLUMNS, pool.map(choice_row, jobs))
+            if "lines" in parts:
+                names = ["reinforce", "reinforce_baseline", "actor_critic", "ppo"]
+                jobs = [{"script": name, "bug": ""} for name in names]
+                jobs += [m for m in mutants.load(names) if m.get("cartpole", True)]
+                cartpole.write_rows(HERE / "lines.csv", LINE_COLUMNS, pool.map(line_row, jobs))
+    for page in dict.fromkeys(choice[0] for choice in CHOICES):
+        print(f"\n{page}\n{table(page)}")
+
+
+if __name__ == "__main__":
+    main()

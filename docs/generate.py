@@ -1,0 +1,127 @@
+"""Fill in what the pages take from the scripts, the mutants and the CSVs, and make docs/lines.md.
+
+    python docs/generate.py            rewrite the parts between their markers
+    python docs/generate.py --check    exit code 1 where a page says something else
+"""
+
+import csv
+import difflib
+import importlib
+import itertools
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "mutants")]
+ablations, dpo, grpo, mutants = map(importlib.import_module, ("ablations", "dpo", "grpo", "run"))
+
+LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "ppo", "grpo", "dpo"]
+BELOW = "\n# Below this line"
+LINES = """# Every line earns its place
+
+Each entry is a bug that was really made somewhere, or that follows from an equation or from how the
+environments behave: one line of a script, what stands there in the broken copy, and the test that
+notices. `python tests/mutants/run.py` makes all the copies and runs the tests: **{figure}**.
+
+Where a column *learns* follows, the broken copy was also trained, on CartPole-v1 for {steps:,}
+steps with {seeds} seeds (`benchmarks/lines.csv`): the interquartile mean of the score at the end,
+beside that of the script as it is. Many broken copies learn as well as the right one. That is why
+such bugs live: the learning curve does not show them, and a test has to.
+"""
+
+
+def algorithm(name):
+    """(number, line) of a script's lines from the first function to the end of train."""
+    source = (ROOT / f"{name}.py").read_text()
+    lines = source[:source.index(BELOW)].rstrip().split("\n")
+    first = next(i for i, line in enumerate(lines) if line.startswith("def "))
+    return list(enumerate(lines, 1))[first:]
+
+
+def cell(code):
+    """A piece of code for a Markdown table, on one line."""
+    code = " ".join(code.replace("|", "\\|").split())
+    return f"`` {code} ``" if "`" in code else f"`{code}`"
+
+
+def code(name):
+    """A table of the lines that bear an equation's number or a choice's letter."""
+    rows = ["| line | code | what |", "|---|---|---|"]
+    for number, line in algorithm(name):
+        if match := re.fullmatch(r"\s*(.*\S)\s{2,}# ((?:\(|\[C).*)", line):
+            rows.append(f"| {number} | {cell(match[1])} | {match[2]} |")
+    return "\n".join(rows)
+
+
+def diff(one, other):
+    """The algorithm's lines that differ between two neighbours, folded."""
+    texts = [[line for _, line in algorithm(name)] for name in (one, other)]
+    lines = list(difflib.unified_diff(*texts, f"{one}.py", f"{other}.py", n=1, lineterm=""))
+    plus, minus = (sum(line.startswith(sign) for line in lines) - 1 for sign in "+-")
+    return "\n".join([
+        f"<details markdown><summary>{plus} lines more, {minus} lines less</summary>", "",
+        "```diff", *lines, "```", "", "</details>"])
+
+
+def read(name):
+    path = ROOT / "benchmarks" / name
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def results(name):
+    """The tables of benchmarks/grpo.py or dpo.py, and their pictures."""
+    module = {"grpo": grpo, "dpo": dpo}[name]
+    parts = ["Without arguments, seeds 11 to 15:", module.default_table(),
+             "SmolLM2-135M, beside TRL's trainer:", module.speed_table()]
+    parts += [f"![{text}]({picture})" for picture, text in module.PICTURES.items()]
+    return "\n\n".join(parts)
+
+
+def lines():
+    """docs/lines.md."""
+    caught = {(row["script"], row["bug"]): row["caught_by"] for row in read("mutants.csv")}
+    effects = {(row["script"], row["bug"]): row for row in read("lines.csv")}
+    figure = f"{len(caught)} known bugs, {sum(map(bool, caught.values()))} caught"
+    any_row = next(iter(effects.values()))
+    parts = [LINES.format(figure=figure, steps=int(any_row["steps"]), seeds=any_row["seeds"])]
+    listed = itertools.groupby(mutants.load(), lambda mutant: mutant["script"])
+    for script, group in sorted(listed, key=lambda pair: LADDER.index(pair[0])):
+        right = effects.get((script, ""))
+        head, rule = "| line | as it is | broken | the bug | noticed by |", "|---|---|---|---|---|"
+        if right:
+            head, rule = head + f" learns (as it is: {float(right['score']):.0f}) |", rule + "---|"
+        parts.append("\n".join([f"## {script}.py", "", head, rule]))
+        for m in sorted(group, key=lambda mutant: mutant["at"]):
+            row = [str(m["at"]), cell(m["line"]), cell(m["broken"]),
+                   f"{m['bug']} ({m['source']})", f"`{caught[script, m['bug']]}`"]
+            if right:
+                effect = effects.get((script, m["bug"]))
+                row.append(f"{float(effect['score']):.0f}" if effect else "")
+            parts[-1] += f"\n| {' | '.join(row)} |"
+    return "\n\n".join(parts) + "\n"
+
+
+def render(text):
+    """A page with each part between <!-- what names --> and <!-- end --> made anew."""
+    def fill(match):
+        make = {"code": code, "diff": diff, "ablation": ablations.table, "results": results}
+        what, *names = match[1].split()
+        return f"<!-- {match[1]} -->\n{make[what](*names)}\n<!-- end -->"
+
+    marked = r"<!-- ((?:code|diff|ablation|results) [a-z_ ]+) -->\n.*?<!-- end -->"
+    return re.sub(marked, fill, text, flags=re.DOTALL)
+
+
+def main():
+    pages = {path: render(path.read_text()) for path in sorted((ROOT / "docs").glob("*.md"))}
+    pages[ROOT / "docs" / "lines.md"] = lines()
+    for path, text in pages.items():
+        if "--check" in sys.argv and (not path.exists() or path.read_text() != text):
+            raise SystemExit(f"{path.name} is not what scripts and CSVs say: docs/generate.py")
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

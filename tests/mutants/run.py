@@ -1,0 +1,105 @@
+"""Break the scripts one line at a time, and see that the tests notice.
+
+    python tests/mutants/run.py                  all mutants, two at a time; writes mutants.csv
+    python tests/mutants/run.py ppo grpo         those of these scripts alone; writes nothing
+
+The .toml file of a script lists its mutants: the bug; where it comes from; a piece of its text that
+occurs once, and what stands there instead; the tests that should notice; whether CartPole can show
+it. All the tests named must
+pass on the scripts as they are. A mutant is caught where one then fails: a copy that no longer
+imports, or hangs, is not. Exit code 1 where a mutant survives.
+"""
+
+import argparse
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+COLUMNS = ["script", "line", "bug", "caught_by", "seconds"]
+
+
+def load(scripts=()):
+    """The mutants as dicts, `script` and the number of their `at` line added."""
+    mutants = []
+    for path in sorted(HERE.glob("*.toml")):
+        if scripts and path.stem not in scripts:
+            continue
+        source = (ROOT / f"{path.stem}.py").read_text()
+        for mutant in tomllib.loads(path.read_text())["mutant"]:
+            if source.count(mutant["line"]) != 1:
+                sys.exit(f"{path.name}: {mutant['line']!r} occurs {source.count(mutant['line'])} "
+                         "times, not once")
+            at = source[:source.index(mutant["line"])].count("\n") + 1
+            mutants.append(mutant | {"script": path.stem, "at": at})
+    return mutants
+
+
+def copy(folder):
+    """The project's scripts and tests, as they are, in a new folder."""
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "requirements.txt"]:
+        shutil.copy(path, folder)
+
+
+def pytest(folder, tests):
+    """(exit status, name of the first test that failed) of these tests in the folder."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+               *(f"tests/{test}" for test in tests)]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600,
+                              check=False, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    except subprocess.TimeoutExpired:
+        return None, "hangs"
+    failed = re.search(r"^FAILED tests/(.*?)( - |$)", done.stdout, re.MULTILINE)
+    return done.returncode, failed[1] if failed else done.stdout.strip()[-300:]
+
+
+def run(mutant):
+    """A row of mutants.csv; caught_by is empty where no test failed."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        copy(Path(folder))
+        path = Path(folder, f"{mutant['script']}.py")
+        path.write_text(path.read_text().replace(mutant["line"], mutant["broken"]))
+        status, name = pytest(folder, mutant["tests"])
+    caught_by, seconds = name if status == 1 else "", time.perf_counter() - start
+    print(f"{mutant['script']}.py:{mutant['at']} {mutant['bug']}: "
+          f"{caught_by or f'SURVIVED (status {status}): {name}'}", flush=True)
+    values = [mutant["script"], mutant["at"], mutant["bug"], caught_by, round(seconds, 1)]
+    return dict(zip(COLUMNS, values))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("scripts", nargs="*", help="default: all")
+    args = parser.parse_args()
+    start, mutants = time.perf_counter(), load(args.scripts)
+    with tempfile.TemporaryDirectory() as folder:
+        copy(Path(folder))
+        status, name = pytest(folder, sorted({test for m in mutants for test in m["tests"]}))
+    if status != 0:
+        sys.exit(f"before anything is broken: {name}")
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(run, mutants))
+    if not args.scripts:
+        with (ROOT / "benchmarks" / "mutants.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    caught = sum(bool(row["caught_by"]) for row in rows)
+    print(f"{len(rows)} known bugs, {caught} caught, in {time.perf_counter() - start:.0f} s")
+    sys.exit(caught < len(rows))
+
+
+if __name__ == "__main__":
+    main()
