@@ -132,6 +132,8 @@ def line_row(mutant):
 def table(page):
     """Markdown, from ablations.csv: the interquartile mean and the range for each choice."""
     path, groups = HERE / "ablations.csv", {}
+    if not path.exists():
+        return "Not measured yet."
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             if row["page"] == page:

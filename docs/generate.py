@@ -6,8 +6,8 @@
 
 import csv
 import difflib
+import html
 import importlib
-import itertools
 import re
 import sys
 from pathlib import Path
@@ -18,12 +18,13 @@ ablations, dpo, grpo, mutants = map(importlib.import_module, ("ablations", "dpo"
 
 LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "ppo", "grpo", "dpo"]
 BELOW = "\n# Below this line"
-LINES = """# Every line earns its place
+INTRO = """# Every line earns its place
 
 Each entry is a bug that was really made somewhere, or that follows from an equation or from how the
 environments behave: one line of a script, what stands there in the broken copy, and the test that
 notices. `python tests/mutants/run.py` makes all the copies and runs the tests: **{figure}**.
-
+"""
+EFFECT = """
 Where a column *learns* follows, the broken copy was also trained, on CartPole-v1 for {steps:,}
 steps with {seeds} seeds (`benchmarks/lines.csv`): the interquartile mean of the score at the end,
 beside that of the script as it is. Many broken copies learn as well as the right one. That is why
@@ -40,16 +41,18 @@ def algorithm(name):
 
 
 def cell(code):
-    """A piece of code for a Markdown table, on one line."""
-    code = " ".join(code.replace("|", "\\|").split())
-    return f"`` {code} ``" if "`" in code else f"`{code}`"
+    """A piece of code for a Markdown table, on one line; a bar would end the cell."""
+    code = " ".join(code.split())
+    if "|" not in code:
+        return f"`{code}`"
+    return f"<code>{html.escape(code).replace('|', '&#124;')}</code>"
 
 
 def code(name):
     """A table of the lines that bear an equation's number or a choice's letter."""
     rows = ["| line | code | what |", "|---|---|---|"]
     for number, line in algorithm(name):
-        if match := re.fullmatch(r"\s*(.*\S)\s{2,}# ((?:\(|\[C).*)", line):
+        if match := re.fullmatch(r"\s*(.*\S)\s{2,}# ((?:\(\d|\[C).*)", line):
             rows.append(f"| {number} | {cell(match[1])} | {match[2]} |")
     return "\n".join(rows)
 
@@ -65,7 +68,10 @@ def diff(one, other):
 
 
 def read(name):
+    """Rows of a CSV in benchmarks/; none where it has not been measured."""
     path = ROOT / "benchmarks" / name
+    if not path.exists():
+        return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -75,7 +81,8 @@ def results(name):
     module = {"grpo": grpo, "dpo": dpo}[name]
     parts = ["Without arguments, seeds 11 to 15:", module.default_table(),
              "SmolLM2-135M, beside TRL's trainer:", module.speed_table()]
-    parts += [f"![{text}]({picture})" for picture, text in module.PICTURES.items()]
+    parts += [f"![{text}]({picture})" for picture, text in module.PICTURES.items()
+              if (ROOT / "docs" / picture).exists()]
     return "\n\n".join(parts)
 
 
@@ -84,18 +91,19 @@ def lines():
     caught = {(row["script"], row["bug"]): row["caught_by"] for row in read("mutants.csv")}
     effects = {(row["script"], row["bug"]): row for row in read("lines.csv")}
     figure = f"{len(caught)} known bugs, {sum(map(bool, caught.values()))} caught"
-    any_row = next(iter(effects.values()))
-    parts = [LINES.format(figure=figure, steps=int(any_row["steps"]), seeds=any_row["seeds"])]
-    listed = itertools.groupby(mutants.load(), lambda mutant: mutant["script"])
-    for script, group in sorted(listed, key=lambda pair: LADDER.index(pair[0])):
+    parts = [INTRO.format(figure=figure)]
+    if effects:
+        some = next(iter(effects.values()))
+        parts[0] += EFFECT.format(steps=int(some["steps"]), seeds=some["seeds"])
+    for script in LADDER:
         right = effects.get((script, ""))
         head, rule = "| line | as it is | broken | the bug | noticed by |", "|---|---|---|---|---|"
         if right:
             head, rule = head + f" learns (as it is: {float(right['score']):.0f}) |", rule + "---|"
         parts.append("\n".join([f"## {script}.py", "", head, rule]))
-        for m in sorted(group, key=lambda mutant: mutant["at"]):
+        for m in sorted(mutants.load([script]), key=lambda mutant: mutant["at"]):
             row = [str(m["at"]), cell(m["line"]), cell(m["broken"]),
-                   f"{m['bug']} ({m['source']})", f"`{caught[script, m['bug']]}`"]
+                   f"{m['bug']}; {m['source']}", f"`{caught[script, m['bug']]}`"]
             if right:
                 effect = effects.get((script, m["bug"]))
                 row.append(f"{float(effect['score']):.0f}" if effect else "")

@@ -1,7 +1,8 @@
 """Break the scripts one line at a time, and see that the tests notice.
 
-    python tests/mutants/run.py                  all mutants, two at a time; writes mutants.csv
-    python tests/mutants/run.py ppo grpo         those of these scripts alone; writes nothing
+    python tests/mutants/run.py                  all mutants, two at a time
+    python tests/mutants/run.py ppo grpo         those of these scripts
+    python tests/mutants/run.py --csv benchmarks/mutants.csv        and keep what came of them
 
 The .toml file of a script lists its mutants: the bug; where it comes from; a piece of its text that
 occurs once, and what stands there instead; the tests that should notice; whether CartPole can show
@@ -65,7 +66,7 @@ def pytest(folder, tests):
 
 
 def run(mutant):
-    """A row of mutants.csv; caught_by is empty where no test failed."""
+    """A row of the CSV; caught_by is empty where no test failed."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         copy(Path(folder))
@@ -82,6 +83,7 @@ def run(mutant):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("scripts", nargs="*", help="default: all")
+    parser.add_argument("--csv", type=Path, help="a file for the rows")
     args = parser.parse_args()
     start, mutants = time.perf_counter(), load(args.scripts)
     with tempfile.TemporaryDirectory() as folder:
@@ -91,8 +93,8 @@ def main():
         sys.exit(f"before anything is broken: {name}")
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(run, mutants))
-    if not args.scripts:
-        with (ROOT / "benchmarks" / "mutants.csv").open("w", newline="") as file:
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
