@@ -1011,8 +1011,12 @@ def load_examples(args, text, context):
     A prompt's own lot decides whether it is held out, so none is on both sides. context: how many
     tokens a prompt and its completion may have together.
     """
+    room = context - args.max_completion_length
+    if room < 1:
+        fail(f"--max-completion-length {args.max_completion_length}: with its prompt the model "
+             f"takes {context} tokens")
     if args.data:
-        rows = sorted(read_rows(args, text, context), key=lot)
+        rows = sorted(read_rows(args, text, room), key=lot)
         edge = lot(rows[min(args.eval_prompts, max(len(rows) // 10, 1)) - 1])
         rest = [row for row in rows if lot(row) > edge]
         if not rest:
@@ -1035,8 +1039,8 @@ def lot(example):
     return random.Random(json.dumps(example["prompt"])).random()
 
 
-def read_rows(args, text, context):
-    """The rows of --data; one that cannot be used ends the program, by the number of its line."""
+def read_rows(args, text, room):
+    """The rows of --data, prompts of at most `room` tokens; a bad row ends the program."""
     rows, fits = [], False
     try:
         lines = Path(args.data).read_text(encoding="utf-8").splitlines()
@@ -1051,10 +1055,8 @@ def read_rows(args, text, context):
                 raise ValueError("needs `prompt` and `answer`")
             row["answer"] = str(row["answer"])
             length = len(text.encode(row["prompt"]))
-            if not 0 < length <= context - args.max_completion_length:
-                raise ValueError(f"its prompt has {length} tokens; with --max-completion-length "
-                                 f"{args.max_completion_length} the model takes 1 to "
-                                 f"{context - args.max_completion_length}")
+            if not 0 < length <= room:
+                raise ValueError(f"its prompt has {length} tokens, there is room for 1 to {room}")
             fits |= len(text.encode(row["answer"])) <= args.max_completion_length
             rows.append(row)
         except Exception as error:  # of json, of a stranger's chat template, of the tokenizer

@@ -14,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "mutants")]
-ablations, dpo, grpo, mutants = map(importlib.import_module, ("ablations", "dpo", "grpo", "run"))
+ablations, curves, dpo, grpo, mutants, ppo = map(
+    importlib.import_module, ("ablations", "curves", "dpo", "grpo", "run", "ppo"))
 
 LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "ppo", "grpo", "dpo"]
 BELOW = "\n# Below this line"
@@ -77,12 +78,19 @@ def read(name):
 
 
 def results(name):
-    """The tables of benchmarks/grpo.py or dpo.py, and their pictures."""
-    module = {"grpo": grpo, "dpo": dpo}[name]
-    parts = ["Without arguments, seeds 11 to 15:", module.default_table(),
-             "SmolLM2-135M, beside TRL's trainer:", module.speed_table()]
-    parts += [f"![{text}]({picture})" for picture, text in module.PICTURES.items()
-              if (ROOT / "docs" / picture).exists()]
+    """The tables and pictures of a script."""
+    if name in ("grpo", "dpo"):
+        module = {"grpo": grpo, "dpo": dpo}[name]
+        parts = ["Without arguments, seeds 11 to 15:", module.default_table(),
+                 "SmolLM2-135M, beside TRL's trainer:", module.speed_table()]
+        pictures = module.PICTURES
+    else:
+        parts = {"ppo": ["Seeds 11 to 20, or as many as are named, and no stop:",
+                         ppo.score_table()]}.get(name, [])
+        pictures = curves.PICTURES[name]
+    for picture, text in pictures.items():
+        if (ROOT / "docs" / picture).exists():
+            parts += [f"![{text}]({picture})", f"*{text}.*"]
     return "\n\n".join(parts)
 
 

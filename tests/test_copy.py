@@ -98,8 +98,9 @@ def test_own_data(tmp_path):
     for script in ("grpo.py", "dpo.py"):
         (tmp_path / script).write_text((ROOT / script).read_text())
     run(tmp_path, "grpo.py", *GPT, "--run-dir", "tiny")
-    for script, row in zip(("grpo.py", "dpo.py"), rows):
+    own = {"grpo.py": ["--num-prompts", "2", "--max-completion-length", "8"], "dpo.py": []}
+    for (script, flags), row in zip(own.items(), rows):
         lines = [json.dumps(json.loads(row) | {"prompt": f"{n:02}+03="}) for n in range(20)]
         (tmp_path / "data.jsonl").write_text("\n".join(lines))
         run(tmp_path, script, "--model", "tiny/model", "--data", "data.jsonl", "--max-steps", "2",
-            "--run-dir", f"run-{script}", *(["--num-prompts", "2"] if script == "grpo.py" else []))
+            "--run-dir", f"run-{script}", *flags)

@@ -1,0 +1,131 @@
+"""Learning curves of the control scripts, all seeds, and the time to solve CartPole-v1.
+
+    python benchmarks/curves.py            run all, write curves.csv, draw docs/img
+    python benchmarks/curves.py --report   draw from the files, run nothing
+
+curves.csv    a row for each point: picture, contestant, seed, step, score; at most 100 a run.
+              No run stops early; the flags are those of tasks.py and ppo.py.
+curves.json   commit, date, machine, versions, command.
+
+Two runs at a time: nothing here is timed. The time to solve is that of cartpole.csv.
+"""
+
+import argparse
+import csv
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cartpole
+import numpy as np
+import plot
+import tasks
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import ppo
+
+HERE = Path(__file__).resolve().parent
+IMAGES = HERE.parent / "docs" / "img"
+COLUMNS = ["picture", "contestant", "seed", "step", "score"]
+LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "ppo"]
+PPO_FLAGS = {task: flags for task, flags, *_ in ppo.TASKS}
+RUNS = [  # picture, task, script, flags, seeds
+    *(("cartpole", "CartPole-v1", script, "--total-timesteps 200000", 10) for script in LADDER),
+    *(("acrobot", task, script, f"{flags} --total-timesteps 300000", 5)
+      for task, script, flags, _ in tasks.TASKS if task == "Acrobot-v1"),
+    *((picture, task, "ppo", PPO_FLAGS[task], 5) for picture, task in (
+        ("pendulum", "Pendulum-v1"), ("mountain_car", "MountainCar-v0"),
+        ("lunar_lander", "LunarLander-v3"), ("half_cheetah", "HalfCheetah-v5"))),
+]
+PICTURES = {  # page: {picture in docs/: what it shows}
+    "reinforce": {"img/cartpole.png": "CartPole-v1, 200,000 steps: thin lines are seeds 11 to 20, "
+                  "thick ones their interquartile mean, bands the middle half"},
+    "reinforce_baseline": {"img/acrobot.png": "Acrobot-v1, 300,000 steps, seeds 11 to 15"},
+    "actor_critic": {"img/solve.png": "Seconds of a whole process until CartPole-v1 is solved, "
+                     "ten seeds; SB3 is Stable-Baselines3 with tuned settings"},
+    "ppo": {f"img/{picture}.png": f"{task}, seeds 11 to 15" for picture, task in (
+        ("pendulum", "Pendulum-v1"), ("mountain_car", "MountainCar-v0"),
+        ("lunar_lander", "LunarLander-v3"), ("half_cheetah", "HalfCheetah-v5"))},
+}
+
+
+def curve(job):
+    """Rows of curves.csv for one run, in a fresh process."""
+    (picture, task, script, flags, _), seed = job
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, HERE.parent / f"{script}.py", "--env-id", task, "--seed", seed,
+                   "--run-dir", f"{folder}/run", *shlex.split(flags)]
+        subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+        with open(f"{folder}/run/metrics.csv") as file:
+            points = [(int(row["step"]), float(row["score"])) for row in csv.DictReader(file)]
+    points = [point for point in points if point[1] == point[1]]  # before an episode's end: NaN
+    points = points[::-(-len(points) // 99)] + points[-1:]
+    print(f"{task}, {script}, seed {seed}: {points[-1][1]:.1f}", flush=True)
+    return [dict(zip(COLUMNS, [picture, script, seed, step, f"{score:.6g}"]))
+            for step, score in points]
+
+
+def draw():
+    """The pictures, as far as there are rows."""
+    IMAGES.mkdir(exist_ok=True)
+    curves = {}
+    if (HERE / "curves.csv").exists():
+        with (HERE / "curves.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                seeds = curves.setdefault(row["picture"], {}).setdefault(row["contestant"], {})
+                point = float(row["step"]), float(row["score"])
+                seeds.setdefault(row["seed"], []).append(point)
+    titles = {picture: task for picture, task, *_ in RUNS}
+    for picture, contestants in curves.items():
+        groups = {f"{name}.py": [np.array(points).T for points in seeds.values()]
+                  for name, seeds in contestants.items()}
+        plot.draw(groups, IMAGES / f"{picture}.png", titles[picture], "environment steps",
+                  "mean return of the last 100 episodes")
+    draw_solve()
+
+
+def draw_solve():
+    """img/solve.png, from cartpole.csv; a run that did not solve the task is a cross."""
+    groups = cartpole.grouped(cartpole.read_rows(HERE / "cartpole.csv"))
+    figure = Figure(figsize=(8, 3.2), dpi=125, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    names = list(groups)
+    for place, name in enumerate(names):
+        for row in groups[name]:
+            axes.plot(row["process_seconds"], place, "o" if row["solved"] else "x", alpha=0.6,
+                      color="#0072B2" if not name.startswith("sb3") else "#D55E00")
+    labels = [f"{name}.py" if name in LADDER else name.upper().replace("-", " ") for name in names]
+    axes.set(xlabel="seconds, whole process", xscale="log", yticks=range(len(names)),
+             yticklabels=labels, title="CartPole-v1 until solved, ten seeds; a cross: not solved")
+    ticks = [3, 5, 10, 20, 30]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, axis="x")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(IMAGES / "solve.png")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--report", action="store_true", help="only draw from the files")
+    args = parser.parse_args()
+    if not args.report:
+        command = shlex.join(["python", "benchmarks/curves.py", *sys.argv[1:]])
+        source = cartpole.provenance() | {"command": command}
+        (HERE / "curves.json").write_text(json.dumps(source, indent=2) + "\n")
+        jobs = [(run, 11 + i) for run in RUNS for i in range(run[4])]
+        with ThreadPoolExecutor(2) as pool:
+            rows = (row for part in pool.map(curve, jobs) for row in part)
+            cartpole.write_rows(HERE / "curves.csv", COLUMNS, rows)
+    draw()
+
+
+if __name__ == "__main__":
+    main()
