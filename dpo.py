@@ -61,7 +61,7 @@ class Args:
     train_pairs: int = 36_000  # how many to make where there is no --data
     skip_bad_rows: bool = False  # leave out rows that cannot be used, and say how many
     seed: int = 1  # of the weights, the pairs and their order
-    max_steps: int = 350  # batches to learn from
+    max_steps: int = 600  # batches to learn from
     num_pairs: int | None = None  # pairs of a batch, in all processes; None: 256, else 16
     learning_rate: float | None = None  # AdamW's step size; None: 5e-4 for the tiny GPT, else 1e-6
     max_grad_norm: float = 1.0  # longest gradient
@@ -326,13 +326,14 @@ def make_pairs(sampler, text, rng, count, held_out):
     """Pairs of answers that the sampler gives, labelled by chance as Bradley and Terry have it.
 
     The one with reward r is the better with probability σ(r − r'). Of each prompt four pairs of
-    different answers, the seldom as often as the usual: what no pair names, nothing holds down.
+    different answers, the seldom as often as the usual, and drawn at a temperature above 1: what no
+    pair names, nothing holds down.
     """
     pairs, stream = [], addition_stream(rng, held_out)
     while len(pairs) < count:
         examples, seed = list(itertools.islice(stream, 256)), rng.randrange(2**31)
         prompts = [text.encode(example["prompt"]) for example in examples]
-        tokens, length, *_ = sample(sampler, prompts, 16, 4, 1.0, text.stop_ids, seed)
+        tokens, length, *_ = sample(sampler, prompts, 16, 4, 1.3, text.stop_ids, seed)
         answers = [tuple(row[:n]) for row, n in zip(tokens.tolist(), length.tolist())]
         for i, example in enumerate(examples):
             several = [*itertools.combinations(sorted({*answers[16 * i:16 * i + 16]}), 2)]
@@ -500,7 +501,9 @@ def sample(model, prompts, num_generations, max_length, temperature, stop_ids, s
             token = logprob.argmax(-1, keepdim=True)
         tokens[row, t], logprobs[row, t] = token[:, 0], logprob.gather(1, token)[:, 0]
         ended[row] |= torch.isin(token[:, 0], stop_ids)
-        if t % 16 == 15 and t + 1 < max_length:  # seldom: to look means to wait for the device
+        if t + 1 == max_length:
+            break
+        if t % 16 == 15:  # seldom: to look means to wait for the device
             going = (~ended[row]).nonzero()[:, 0]
             if len(going) == 0:
                 break
@@ -939,16 +942,15 @@ class Characters:
         return "".join(self.symbols[token] for token in tokens if token != 0)
 
     def save(self, folder):
-        """The same as tokenizer.json, in the format of the tokenizers library."""
-        model = {"type": "WordLevel", "unk_token": "<end>",
-                 "vocab": {symbol: i for i, symbol in enumerate(self.symbols)}}
-        end = {"id": 0, "content": "<end>", "single_word": False, "lstrip": False, "rstrip": False,
-               "normalized": False, "special": True}
-        split = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated",
-                 "invert": False}
-        (folder / "tokenizer.json").write_text(json.dumps(
-            {"version": "1.0", "added_tokens": [end], "pre_tokenizer": split, "model": model,
-             "decoder": {"type": "Fuse"}}))
+        """The same as tokenizer.json."""
+        import tokenizers
+
+        vocabulary = {symbol: i for i, symbol in enumerate(self.symbols)}
+        inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<end>"))
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+        inner.decoder = tokenizers.decoders.Fuse()
+        inner.add_special_tokens(["<end>"])
+        inner.save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>",
                   "pad_token": "<end>"}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))

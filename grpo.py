@@ -201,7 +201,9 @@ def sample(model, prompts, num_generations, max_length, temperature, stop_ids, s
             token = logprob.argmax(-1, keepdim=True)
         tokens[row, t], logprobs[row, t] = token[:, 0], logprob.gather(1, token)[:, 0]
         ended[row] |= torch.isin(token[:, 0], stop_ids)
-        if t % 16 == 15 and t + 1 < max_length:  # seldom: to look means to wait for the device
+        if t + 1 == max_length:
+            break
+        if t % 16 == 15:  # seldom: to look means to wait for the device
             going = (~ended[row]).nonzero()[:, 0]
             if len(going) == 0:
                 break
@@ -873,16 +875,15 @@ class Characters:
         return "".join(self.symbols[token] for token in tokens if token != 0)
 
     def save(self, folder):
-        """The same as tokenizer.json, in the format of the tokenizers library."""
-        model = {"type": "WordLevel", "unk_token": "<end>",
-                 "vocab": {symbol: i for i, symbol in enumerate(self.symbols)}}
-        end = {"id": 0, "content": "<end>", "single_word": False, "lstrip": False, "rstrip": False,
-               "normalized": False, "special": True}
-        split = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated",
-                 "invert": False}
-        (folder / "tokenizer.json").write_text(json.dumps(
-            {"version": "1.0", "added_tokens": [end], "pre_tokenizer": split, "model": model,
-             "decoder": {"type": "Fuse"}}))
+        """The same as tokenizer.json."""
+        import tokenizers
+
+        vocabulary = {symbol: i for i, symbol in enumerate(self.symbols)}
+        inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<end>"))
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+        inner.decoder = tokenizers.decoders.Fuse()
+        inner.add_special_tokens(["<end>"])
+        inner.save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>",
                   "pad_token": "<end>"}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -6,17 +6,21 @@
 
 ablations.csv   a row for each run of a script with one choice changed, by a flag or a patched line,
                 seeds 11 to 15: the score at the end (GRPO: held-out greedy accuracy).
-lines.csv       a row for each mutant of tests/mutants that CartPole-v1 can show, and one for each
-                script as it is: the interquartile mean of the score after 100,000 steps, seeds 11
-                to 20, and the lowest and highest. A run that broke off counts with its last score.
+lines.csv       a row for each mutant of tests/mutants that CartPole-v1 or the sums can show, and
+                one for each script as it is, with the flags that show it: the interquartile mean
+                of the score at the end, the lowest and the highest. CartPole-v1: 100,000 steps,
+                seeds 11 to 20. The sums: seeds 11 to 15, from the imitators of the scripts as they
+                are; the score is held-out accuracy, greedy (grpo) or of pairs (dpo). A run that
+                broke off counts with its last score.
 ablations.json  for each of the two: commit, date, machine, versions, command.
 
-Two runs at a time: nothing here is timed.
+Two runs at a time, one thread each: nothing here is timed.
 """
 
 import argparse
 import csv
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -32,16 +36,21 @@ ROOT = HERE.parent
 sys.path.append(str(ROOT / "tests" / "mutants"))
 import run as mutants  # noqa: E402
 
-SEEDS, LINE_SEEDS, LINE_STEPS = range(11, 16), range(11, 21), 100_000
+SCRIPTS = ["reinforce", "reinforce_baseline", "actor_critic", "ppo", "grpo", "dpo"]
+SEEDS, LINE_SEEDS = range(11, 16), range(11, 21)
 COLUMNS = ["page", "task", "choice", "seed", "score"]
-LINE_COLUMNS = ["script", "bug", "steps", "seeds", "score", "lowest", "highest"]
+LINE_COLUMNS = ["script", "bug", "flags", "seeds", "score", "lowest", "highest"]
 CARTPOLE, LONG = "--total-timesteps 100000", "--total-timesteps 300000"
 PENDULUM = ("--env-id Pendulum-v1 --total-timesteps 200000 --num-envs 16 --num-steps 128 "
             "--gamma 0.98 --log-std -0.5")
 SUMS = "--max-steps 100 --eval-every 100"
+LINE_FLAGS = {"grpo": "--max-steps 60 --eval-every 60",
+              "dpo": "--max-steps 150 --eval-every 150 --train-pairs 9000"}
 TRUNCATION = ("gamma * next_value * ~terminated - value", "gamma * next_value * ~done - value")
 RESET_ROWS = ("batch = Batch(*(column[valid] for column in columns))",
               "batch = Batch(*(column.flatten(0, 1) for column in columns))")
+ONE_THREAD = ("import os, runpy, sys; os.cpu_count = lambda: 1; del sys.argv[0]; "
+              "runpy.run_path(sys.argv[0], run_name='__main__')")
 CHOICES = [  # page, task, choice, script, flags, patch
     ("reinforce", "CartPole, 300,000 steps, γ .99", "γ^t as in the gradient (default)",
      "reinforce", f"{LONG} --gamma 0.99", None),
@@ -89,21 +98,41 @@ def choice_row(job):
             assert source.count(patch[0]) == 1, patch
             source = source.replace(*patch)
         Path(folder, f"{script}.py").write_text(source)
-        subprocess.run([sys.executable, f"{script}.py", *shlex.split(flags), "--seed", str(seed),
-                        "--run-dir", str(run)], cwd=folder, check=True, capture_output=True)
+        subprocess.run([sys.executable, "-c", ONE_THREAD, f"{script}.py", *shlex.split(flags),
+                        "--seed", str(seed), "--run-dir", str(run)], cwd=folder, check=True,
+                       capture_output=True)
         score = last_score(run)
     print(f"{page}, {task}, {choice}, seed {seed}: {score:.3f}", flush=True)
     return dict(zip(COLUMNS, [page, task, choice, seed, round(score, 4)]))
 
 
-def train_seeds(script, folder):
-    """Scores of the script in the folder with each seed; runs in a process of its own."""
+def train_seeds(script, folder, flags, imitators):
+    """Scores of the script in the folder with each seed; runs in a process of its own.
+
+    imitators: a folder of tiny GPTs, one a seed, that have been taught already, or will be.
+    """
+    import torch
+    import tyro
+
+    os.cpu_count = lambda: 1  # from which grpo.py and dpo.py take the number of their threads
     sys.path.insert(0, folder)
-    module, scores = __import__(script), []
-    for seed in LINE_SEEDS:
+    module, scores, language = __import__(script), [], script in LINE_FLAGS
+
+    teach = getattr(module, "imitate", None)
+
+    def imitate(model, text, draw, args):
+        path = Path(imitators, f"{script}-{args.seed}.pt")
+        if path.exists():
+            model.load_state_dict(torch.load(path, weights_only=True))
+        else:
+            teach(model, text, draw, args)
+            torch.save(model.state_dict(), path)
+
+    module.imitate = imitate
+    for seed in SEEDS if language else LINE_SEEDS:
         run = Path(folder, str(seed))
-        args = module.Args(env_id="CartPole-v1", seed=seed, total_timesteps=LINE_STEPS,
-                           run_dir=str(run))
+        args = tyro.cli(module.Args, args=[*shlex.split(flags), "--seed", str(seed), "--run-dir",
+                                           str(run)])
         try:
             scores.append(module.train(args))
         except (Exception, SystemExit) as error:  # broken on purpose
@@ -112,21 +141,42 @@ def train_seeds(script, folder):
     print(json.dumps([0.0 if score != score else score for score in scores]))
 
 
-def line_row(mutant):
+def line_row(mutant, imitators):
     """mutant: as mutants.load has them; or with no bug, the script as it is."""
-    script = mutant["script"]
+    script, flags = mutant["script"], line_flags(mutant)
     with tempfile.TemporaryDirectory() as folder:
         source = (ROOT / f"{script}.py").read_text()
         source = source.replace(mutant["line"], mutant["broken"]) if mutant["bug"] else source
         Path(folder, f"{script}.py").write_text(source)
-        call = f"import ablations; ablations.train_seeds({script!r}, {folder!r})"
-        done = subprocess.run([sys.executable, "-c", call], cwd=HERE, check=True, text=True,
-                              capture_output=True)
+        call = f"ablations.train_seeds({script!r}, {folder!r}, {flags!r}, {imitators!r})"
+        done = subprocess.run([sys.executable, "-c", f"import ablations; {call}"], cwd=HERE,
+                              check=True, text=True, capture_output=True)
     scores = json.loads(done.stdout.splitlines()[-1])
-    print(f"{script}, {mutant['bug'] or 'as it is'}: {iqm(scores):.1f}", flush=True)
-    values = [script, mutant["bug"], LINE_STEPS, len(scores), round(iqm(scores), 2),
-              round(min(scores), 2), round(max(scores), 2)]
+    print(f"{script} {flags}, {mutant['bug'] or 'as it is'}: {iqm(scores):.2f}", flush=True)
+    values = [script, mutant["bug"], flags, len(scores), round(iqm(scores), 3),
+              round(min(scores), 3), round(max(scores), 3)]
     return dict(zip(LINE_COLUMNS, values))
+
+
+def line_flags(mutant):
+    """The flags with which a mutant shows, or None where no short run can show it."""
+    script = mutant["script"]
+    if script not in LINE_FLAGS:
+        return CARTPOLE if mutant.get("cartpole", True) else None
+    own = mutant.get("sums")
+    return None if own is None else f"{LINE_FLAGS[script]} {own}".strip()
+
+
+def line_rows(pool, names):
+    """Rows of lines.csv: first the scripts as they are, which teach the imitators."""
+    shown = [mutant for mutant in mutants.load(names) if line_flags(mutant) is not None]
+    wholes = {(m["script"], line_flags(m)): m | {"bug": ""} for m in shown}
+    with tempfile.TemporaryDirectory() as imitators:
+        jobs = sorted(wholes.values(), key=lambda m: (m["script"], line_flags(m)))
+        first = {job["script"]: job for job in reversed(jobs)}
+        rest = [job for job in jobs if first[job["script"]] is not job] + shown
+        for some in (list(first.values()), rest):
+            yield from pool.map(line_row, some, [imitators] * len(some))
 
 
 def table(page):
@@ -162,10 +212,7 @@ def main():
                 jobs = [(choice, seed) for choice in CHOICES for seed in SEEDS]
                 cartpole.write_rows(HERE / "ablations.csv", COLUMNS, pool.map(choice_row, jobs))
             if "lines" in parts:
-                names = ["reinforce", "reinforce_baseline", "actor_critic", "ppo"]
-                jobs = [{"script": name, "bug": ""} for name in names]
-                jobs += [m for m in mutants.load(names) if m.get("cartpole", True)]
-                cartpole.write_rows(HERE / "lines.csv", LINE_COLUMNS, pool.map(line_row, jobs))
+                cartpole.write_rows(HERE / "lines.csv", LINE_COLUMNS, line_rows(pool, SCRIPTS))
     for page in dict.fromkeys(choice[0] for choice in CHOICES):
         print(f"\n{page}\n{table(page)}")
 

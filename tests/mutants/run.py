@@ -5,10 +5,10 @@
     python tests/mutants/run.py --csv benchmarks/mutants.csv        and keep what came of them
 
 The .toml file of a script lists its mutants: the bug; where it comes from; a piece of its text that
-occurs once, and what stands there instead; the tests that should notice; whether CartPole can show
-it. All the tests named must
-pass on the scripts as they are. A mutant is caught where one then fails: a copy that no longer
-imports, or hangs, is not. Exit code 1 where a mutant survives.
+occurs once, and what stands there instead; the tests that should notice; and for
+benchmarks/ablations.py whether CartPole can show it (`cartpole`) or the sums, and with which flags
+(`sums`). All the tests named must pass on the scripts as they are. A mutant is caught where one
+then fails: a copy that no longer imports, or hangs, is not. Exit code 1 where a mutant survives.
 """
 
 import argparse
