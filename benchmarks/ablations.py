@@ -1,24 +1,26 @@
 """What does each choice do to the learning, and what does each broken line?
 
     python benchmarks/ablations.py                   run all and write the files
-    python benchmarks/ablations.py --only choices    run one part (choices, lines), keep the other
+    python benchmarks/ablations.py --only sums       run one part (control, sums, lines)
     python benchmarks/ablations.py --report          print the tables from the files, run nothing
 
-ablations.csv   a row for each run of a script with one choice changed, by a flag or a patched line,
-                seeds 11 to 15: the score at the end (GRPO: held-out greedy accuracy).
+ablations.csv   parts control and sums: a row for each run of a script with one choice changed, by
+                a flag or a patched line, seeds 11 to 15: the score at the end (GRPO: held-out
+                greedy accuracy).
 lines.csv       a row for each mutant of tests/mutants that CartPole-v1 or the sums can show, and
                 one for each script as it is, with the flags that show it: the interquartile mean
                 of the score at the end, the lowest and the highest. CartPole-v1: 100,000 steps,
                 seeds 11 to 20. The sums: seeds 11 to 15, from the imitators of the scripts as they
                 are; the score is held-out accuracy, greedy (grpo) or of pairs (dpo). A run that
                 broke off counts with its last score.
-ablations.json  for each of the two: commit, date, machine, versions, command.
+ablations.json  for each part: commit, date, machine, versions, command.
 
 Two runs at a time, one thread each: nothing here is timed.
 """
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import shlex
@@ -37,6 +39,7 @@ sys.path.append(str(ROOT / "tests" / "mutants"))
 import run as mutants  # noqa: E402
 
 SCRIPTS = ["reinforce", "reinforce_baseline", "actor_critic", "ppo", "grpo", "dpo"]
+PARTS = ["control", "sums", "lines"]
 SEEDS, LINE_SEEDS = range(11, 16), range(11, 21)
 COLUMNS = ["page", "task", "choice", "seed", "score"]
 LINE_COLUMNS = ["script", "bug", "flags", "seeds", "score", "lowest", "highest"]
@@ -81,6 +84,15 @@ CHOICES = [  # page, task, choice, script, flags, patch
     ("grpo", "sums, 100 batches, 4 updates each", "ε .2 on both sides", "grpo",
      f"{SUMS} --num-iterations 4 --epsilon-high 0.2", None),
 ]
+
+
+def read(name):
+    """Rows of a CSV here; none where it has not been measured."""
+    path = HERE / name
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def last_score(folder):
@@ -181,13 +193,12 @@ def line_rows(pool, names):
 
 def table(page):
     """Markdown, from ablations.csv: the interquartile mean and the range for each choice."""
-    path, groups = HERE / "ablations.csv", {}
-    if not path.exists():
+    groups = {}
+    for row in read("ablations.csv"):
+        if row["page"] == page:
+            groups.setdefault((row["task"], row["choice"]), []).append(float(row["score"]))
+    if not groups:
         return "Not measured yet."
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if row["page"] == page:
-                groups.setdefault((row["task"], row["choice"]), []).append(float(row["score"]))
     lines = ["| task | choice | score, five seeds | lowest to highest |", "|---|---|---|---|"]
     for (task, choice), scores in groups.items():
         mean, low, high = (f"{x:.3f}" if abs(max(scores)) <= 1 and page == "grpo" else f"{x:.1f}"
@@ -199,18 +210,22 @@ def table(page):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--report", action="store_true", help="only print the tables")
-    parser.add_argument("--only", nargs="+", choices=["choices", "lines"])
+    parser.add_argument("--only", nargs="+", choices=PARTS)
     args = parser.parse_args()
     if not args.report:
-        parts, path = args.only or ["choices", "lines"], HERE / "ablations.json"
+        parts, path = args.only or PARTS, HERE / "ablations.json"
         command = shlex.join(["python", "benchmarks/ablations.py", *sys.argv[1:]])
         source = cartpole.provenance() | {"command": command}
         old = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(old | dict.fromkeys(parts, source), indent=2) + "\n")
         with ThreadPoolExecutor(2) as pool:
-            if "choices" in parts:
-                jobs = [(choice, seed) for choice in CHOICES for seed in SEEDS]
-                cartpole.write_rows(HERE / "ablations.csv", COLUMNS, pool.map(choice_row, jobs))
+            jobs = [(choice, seed) for choice in CHOICES for seed in SEEDS
+                    if ("sums" if choice[0] == "grpo" else "control") in parts]
+            if jobs:
+                pages = {choice[0] for choice, _ in jobs}
+                kept = [row for row in read("ablations.csv") if row["page"] not in pages]
+                rows = itertools.chain(kept, pool.map(choice_row, jobs))
+                cartpole.write_rows(HERE / "ablations.csv", COLUMNS, rows)
             if "lines" in parts:
                 cartpole.write_rows(HERE / "lines.csv", LINE_COLUMNS, line_rows(pool, SCRIPTS))
     for page in dict.fromkeys(choice[0] for choice in CHOICES):
