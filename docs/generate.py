@@ -2,44 +2,80 @@
 
     python docs/generate.py            rewrite the parts between their markers
     python docs/generate.py --check    exit code 1 where a page says something else
+
+A marked part begins with one of these and ends with <!-- end -->:
+
+    <!-- line ppo (7) -->                        the lines of code that bear this number
+    <!-- choices ppo -->                         the lines of code that bear a choice's letter
+    <!-- diff reinforce to reinforce_baseline -->           what differs down to the end of train
+    <!-- diff grpo policy_loss train to dpo preference_loss train -->     ... in these functions
+    <!-- shared grpo dpo -->                     what stands in both, byte for byte
+    <!-- ablation ppo -->                        what was measured of its choices
+    <!-- results ppo -->                         its tables and pictures
 """
 
+import ast
 import csv
 import difflib
 import html
 import importlib
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "mutants")]
-ablations, curves, dpo, grpo, mutants, ppo = map(
-    importlib.import_module, ("ablations", "curves", "dpo", "grpo", "run", "ppo"))
+ablations, cartpole, curves, dpo, grpo, mutants, ppo, tasks = map(importlib.import_module, (
+    "ablations", "cartpole", "curves", "dpo", "grpo", "run", "ppo", "tasks"))
 
 LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "ppo", "grpo", "dpo"]
 BELOW = "\n# Below this line"
+TAGGED = re.compile(r"\s*(.*\S)\s{2,}# ((?:\(\d|\[C).*)")  # a line of code, and what it bears
 INTRO = """# Every line earns its place
 
-Each entry is a bug that was really made somewhere, or that follows from an equation or from how the
-environments behave: one line of a script, what stands there in the broken copy, and the test that
-notices. `python tests/mutants/run.py` makes all the copies and runs the tests: **{figure}**.
+What would break if a line were another? Each entry below is a bug that was really made somewhere,
+or that follows from an equation or from how the environments behave: the line of the script (`-`),
+what stands there in the broken copy (`+`), and the test that notices.
+`python tests/mutants/run.py` makes all the copies and runs the tests: **{figure}**.
+
+Lines that bear the number of an equation or the letter of a choice and have no broken copy are
+listed, too, and say so.
 """
 EFFECT = """
-Where *learns* has two numbers, the broken copy and the script as it is were trained as well, with
-the same seeds (`benchmarks/lines.csv` has the flags): on CartPole-v1 for 100,000 steps, ten seeds,
-or on the sums, five; each number is the interquartile mean of the score at the end. {harmless} of
-{shown} broken copies end at 95 % of the right one's score or above. That is why such bugs live: the
-learning curve does not show them, and a test has to.
+Where an entry says what is learned, the broken copy and the script as it is were trained as well,
+with the same seeds (`benchmarks/lines.csv` has the flags): on CartPole-v1 for 100,000 steps, ten
+seeds, or on the sums, five; each number is the interquartile mean of the score at the end.
+{harmless} of {shown} broken copies end at 95 % of the right one's score or above. That is why such
+bugs live: the learning curve does not show them, and a test has to.
 """
+
+
+def fail(message):
+    raise SystemExit(f"docs/generate.py: {message}")
+
+
+def read_script(name):
+    return (ROOT / f"{name}.py").read_text()
 
 
 def algorithm(name):
     """(number, line) of a script's lines from the first function to the end of train."""
-    source = (ROOT / f"{name}.py").read_text()
+    source = read_script(name)
     lines = source[:source.index(BELOW)].rstrip().split("\n")
     first = next(i for i, line in enumerate(lines) if line.startswith("def "))
     return list(enumerate(lines, 1))[first:]
+
+
+def blocks(name):
+    """{name: its lines} of a script's top-level functions and classes, decorators with them."""
+    source, kinds = read_script(name), (ast.FunctionDef, ast.ClassDef)
+    lines, found = source.split("\n"), {}
+    for node in ast.parse(source).body:
+        if isinstance(node, kinds):
+            first = min([node.lineno, *(part.lineno for part in node.decorator_list)])
+            found[node.name] = lines[first - 1:node.end_lineno]
+    return found
 
 
 def cell(code):
@@ -50,23 +86,53 @@ def cell(code):
     return f"<code>{html.escape(code).replace('|', '&#124;')}</code>"
 
 
-def code(name):
-    """A table of the lines that bear an equation's number or a choice's letter."""
-    rows = ["| line | code | what |", "|---|---|---|"]
-    for number, line in algorithm(name):
-        if match := re.fullmatch(r"\s*(.*\S)\s{2,}# ((?:\(\d|\[C).*)", line):
-            rows.append(f"| {number} | {cell(match[1])} | {match[2]} |")
+def prose(text):
+    """Text of a mutant or a CSV for Markdown."""
+    return html.escape(text, quote=False).replace("*", "\\*")
+
+
+def line(name, *tag):
+    """The code beside an equation."""
+    tag, found = " ".join(tag), []
+    for number, text in algorithm(name):
+        if (match := TAGGED.fullmatch(text)) and tag in match[2]:
+            found += [f"# {name}.py, line {number}", match[1]]
+    return "\n".join(["```python", *(found or [fail(f"{name}.py has no line {tag}")]), "```"])
+
+
+def choices(name):
+    """A table of the lines that bear a choice's letter."""
+    rows = ["| choice | line | code |", "|---|---|---|"]
+    for number, text in algorithm(name):
+        if (match := TAGGED.fullmatch(text)) and (letters := re.findall(r"\[C\d+\]", match[2])):
+            rows.append(f"| {' '.join(letters)} | {number} | {cell(match[1])} |")
     return "\n".join(rows)
 
 
-def diff(one, other):
-    """The algorithm's lines that differ between two neighbours, folded."""
-    texts = [[line for _, line in algorithm(name)] for name in (one, other)]
-    lines = list(difflib.unified_diff(*texts, f"{one}.py", f"{other}.py", n=1, lineterm=""))
-    plus, minus = (sum(line.startswith(sign) for line in lines) - 1 for sign in "+-")
+def diff(*words):
+    """What differs between two scripts' algorithms, or between some functions of them; folded."""
+    texts, names = [], []
+    for part in " ".join(words).split(" to "):
+        name, *functions = part.split()
+        found = blocks(name)
+        if missing := set(functions) - set(found):
+            fail(f"{name}.py has no {', '.join(sorted(missing))}")
+        whole = [text for _, text in algorithm(name)]
+        texts.append([text for function in functions for text in [*found[function], "", ""]]
+                     or whole)
+        names.append(f"{name}.py")
+    lines = list(difflib.unified_diff(*texts, *names, n=1, lineterm=""))
+    plus, minus = (sum(text.startswith(sign) for text in lines) - 1 for sign in "+-")
     return "\n".join([
         f"<details markdown><summary>{plus} lines more, {minus} lines less</summary>", "",
         "```diff", *lines, "```", "", "</details>"])
+
+
+def shared(one, other):
+    """Names of what stands in both scripts, byte for byte."""
+    blocks_of_one, blocks_of_other = blocks(one), blocks(other)
+    same = [name for name, text in blocks_of_one.items() if blocks_of_other.get(name) == text]
+    return ", ".join(f"`{name}`" for name in same) + "."
 
 
 def read(name):
@@ -78,6 +144,18 @@ def read(name):
         return list(csv.DictReader(file))
 
 
+def rows_of(table, *names):
+    """Head and rows of a Markdown table in which one of the names stands as a word."""
+    head, rule, *rows = table.split("\n")
+    words = re.compile(rf"(?<![\w-])(?:{'|'.join(names)})(?:\.py)?(?![\w-])")
+    return "\n".join([head, rule, *(row for row in rows if words.search(row.split("|")[1]))])
+
+
+def of_commands(table):
+    """A table whose first column, of commands, pages.css gives more room."""
+    return f'<div class="commands" markdown>\n\n{table}\n\n</div>'
+
+
 def results(name):
     """The tables and pictures of a script."""
     if name in ("grpo", "dpo"):
@@ -86,8 +164,15 @@ def results(name):
                  "SmolLM2-135M, beside TRL's trainer:", module.speed_table()]
         pictures = module.PICTURES
     else:
-        parts = {"ppo": ["Seeds 11 to 20, or as many as are named, and no stop:",
-                         ppo.score_table()]}.get(name, [])
+        before = LADDER[:LADDER.index(name) + 1][-2:]
+        solved = cartpole.solve_table(cartpole.read_rows(ROOT / "benchmarks" / "cartpole.csv"))
+        parts = ["CartPole-v1 until the mean return of 100 episodes is 475, seeds 11 to 20, "
+                 "medians; in brackets the ratio to `ppo.py`:", rows_of(solved, *before),
+                 "Other tasks, seeds 11 to 20, until the goal or the end of the steps:",
+                 of_commands(rows_of(tasks.table(), name))]
+        if name == "ppo":
+            parts += ["Seeds 11 to 20, or as many as are named, and no stop:",
+                      of_commands(ppo.score_table())]
         pictures = curves.PICTURES[name]
     for picture, text in pictures.items():
         if (ROOT / "docs" / picture).exists():
@@ -95,41 +180,135 @@ def results(name):
     return "\n\n".join(parts)
 
 
+def places(source):
+    """For each line of a script the name of what it stands in, and its statement's first, last."""
+    tree, inside, statement = ast.parse(source), {}, {}
+
+    def visit(node, name):
+        for child in ast.iter_child_nodes(node):
+            named = isinstance(child, (ast.FunctionDef, ast.ClassDef))
+            inner = ".".join(filter(None, [name, child.name])) if named else name
+            if isinstance(child, ast.stmt):
+                last = child.body[0].lineno - 1 if hasattr(child, "body") else child.end_lineno
+                for number in range(child.lineno, max(child.lineno, last) + 1):
+                    statement[number] = child.lineno, max(child.lineno, last)
+            if named:
+                inside.update(dict.fromkeys(range(child.lineno, child.end_lineno + 1), inner))
+            visit(child, inner)
+
+    visit(tree, "")
+    return inside, statement
+
+
+def changed(source, mutant):
+    """(first line, lines as they are, lines as they are in the broken copy), whole lines."""
+    start = source.index(mutant["line"])
+    end = start + len(mutant["line"])
+    first, last = source.rfind("\n", 0, start) + 1, source.find("\n", end)
+    was = source[first:last]
+    broken = source[first:start] + mutant["broken"] + source[end:last]
+    lines = textwrap.dedent("\n".join([was, broken])).split("\n")
+    was, broken = lines[:was.count("\n") + 1], lines[was.count("\n") + 1:]
+    while min(len(was), len(broken)) > 1 and was[-1] == broken[-1]:
+        was, broken = was[:-1], broken[:-1]
+    return source[:first].count("\n") + 1, was, broken
+
+
+def bare(text):
+    """A line of code without the number or letter that it bears."""
+    match = TAGGED.fullmatch(text)
+    return text[:match.end(1)] if match else text
+
+
+def bug(source, mutant, statement, caught, effect):
+    """(line, the entry of a mutant)."""
+    number, was, broken = changed(source, mutant)
+    first, last = statement.get(number, (number, number))
+    texts = source.split("\n")[first - 1:max(last, number + len(was) - 1)]
+    bears = [match[2] for text in texts if (match := TAGGED.fullmatch(text))]
+    what = dict.fromkeys(re.findall(r"\(\d[\d.]*\)|\[C\d+\]", " ".join(bears)))
+    lines = [*(f"- {bare(text)}" for text in was), *(f"+ {bare(text)}" for text in broken)]
+    notice = f"`{caught}`" if caught else "*no test yet*" if caught == "" else "*not run yet*"
+    learns = ""
+    if effect:
+        learns = ", ".join(f"{x:.0f}" if max(effect) > 1 else f"{x:.2f}" for x in effect)
+        learns = f" Learns {learns.replace(', ', '; as it is ')}."
+    head = " ".join([f"**{number}**", *what]) + f" · {prose(mutant['bug'])}"
+    if mutant["source"] not in what:
+        head += f" · *{prose(mutant['source'])}*"
+    return number, "\n".join(
+        [head, "", "```diff", *lines, "```", "", f"Noticed by {notice}.{learns}", ""])
+
+
+def elsewhere(script, name):
+    """Why a line has no broken copy of its own."""
+    mine = blocks(script)[name]
+    for other in LADDER[:LADDER.index(script)]:
+        if blocks(other).get(name) == mine:
+            return f"The same bytes as in [{other}.py](#{other}py): see there."
+    return "No broken copy."
+
+
+def script_lines(script, caught, effects):
+    """The part of docs/lines.md that is about one script."""
+    source = read_script(script)
+    inside, statement = places(source)
+    entries, broken = [], set()
+    for mutant in mutants.load([script]):
+        key = script, mutant["bug"]
+        number, text = bug(source, mutant, statement, caught.get(key), effects.get(key))
+        entries.append((number, text))
+        first, last = statement.get(number, (number, number))
+        broken.update(range(first, max(last, number + mutant["line"].count("\n")) + 1))
+    marked = [(number, match) for number, text in algorithm(script)
+              if (match := TAGGED.fullmatch(text))]
+    for number, match in marked:
+        if number not in broken:
+            entries.append((number, f"**{number}** {match[2]}\n\n```python\n{match[1]}\n```\n\n"
+                            f"{elsewhere(script, inside[number].split('.')[0])}\n"))
+    parts, place = [f"## {script}.py\n"], None
+    for number, text in sorted(entries, key=lambda entry: entry[0]):
+        if inside.get(number) != place:
+            place = inside.get(number)
+            parts.append(f"### `{place}`\n")
+        parts.append(text)
+    covered = sum(number in broken for number, _ in marked)
+    return "\n".join(parts), f"{len(marked)} | {covered}"
+
+
 def lines():
     """docs/lines.md."""
     caught = {(row["script"], row["bug"]): row["caught_by"] for row in read("mutants.csv")}
     scores = {(row["script"], row["bug"], row["flags"]): float(row["score"])
               for row in read("lines.csv")}
-    effects = {key[:2]: (score, scores[key[0], "", key[2]]) for key, score in scores.items()}
-    shown = [pair for (_, bug), pair in effects.items() if bug]
+    effects = {key[:2]: (score, scores[key[0], "", key[2]]) for key, score in scores.items()
+               if key[1] and (key[0], "", key[2]) in scores}
     figure = f"{len(caught)} known bugs, {sum(map(bool, caught.values()))} caught"
     parts = [INTRO.format(figure=figure)]
-    if shown:
-        harmless = sum(broken >= 0.95 * right for broken, right in shown)
-        parts[0] += EFFECT.format(harmless=harmless, shown=len(shown))
+    if effects:
+        harmless = sum(broken >= 0.95 * right for broken, right in effects.values())
+        parts[0] += EFFECT.format(harmless=harmless, shown=len(effects))
+    table = ["| script | bugs | caught | lines with a number or a letter | of these broken here |",
+             "|---|---|---|---|---|"]
     for script in LADDER:
-        head, rule = "| line | as it is | broken | the bug | noticed by |", "|---|---|---|---|---|"
-        if shown:
-            head, rule = f"{head} learns: broken, right |", rule + "---|"
-        parts.append("\n".join([f"## {script}.py", "", head, rule]))
-        for m in sorted(mutants.load([script]), key=lambda mutant: mutant["at"]):
-            row = [str(m["at"]), cell(m["line"]), cell(m["broken"]),
-                   f"{m['bug']}; {m['source']}", f"`{caught[script, m['bug']]}`"]
-            if shown:
-                pair = effects.get((script, m["bug"]), ())
-                row.append(", ".join(f"{x:.0f}" if max(pair) > 1 else f"{x:.2f}" for x in pair))
-            parts[-1] += f"\n| {' | '.join(row)} |"
-    return "\n\n".join(parts) + "\n"
+        text, counts = script_lines(script, caught, effects)
+        mine = [key for key in caught if key[0] == script]
+        table.append(f"| [{script}.py](#{script}py) | {len(mine)} "
+                     f"| {sum(bool(caught[key]) for key in mine)} | {counts} |")
+        parts.append(text)
+    return "\n".join([parts[0], *table, "", *parts[1:]])
 
 
 def render(text):
     """A page with each part between <!-- what names --> and <!-- end --> made anew."""
+    make = {"line": line, "choices": choices, "diff": diff, "shared": shared,
+            "ablation": ablations.table, "results": results}
+
     def fill(match):
-        make = {"code": code, "diff": diff, "ablation": ablations.table, "results": results}
         what, *names = match[1].split()
         return f"<!-- {match[1]} -->\n{make[what](*names)}\n<!-- end -->"
 
-    marked = r"<!-- ((?:code|diff|ablation|results) [a-z_ ]+) -->\n.*?<!-- end -->"
+    marked = rf"<!-- ((?:{'|'.join(make)}) [^\n]+) -->\n.*?<!-- end -->"
     return re.sub(marked, fill, text, flags=re.DOTALL)
 
 

@@ -1,0 +1,110 @@
+"""The pages: formulas that code hosts draw, every equation and choice in its place, links."""
+
+import ast
+import importlib
+import re
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+PAGES = sorted(path.stem for path in (ROOT / "docs").glob("*.md"))
+TAG = re.compile(r"\(\d{1,2}(?:\.\d+)?\)")
+INLINE = re.compile(r"\$`([^`]+)`\$|\$([^$]+)\$")
+NOT_ALLOWED = r"\\operatorname|\\begin|\\newcommand|\\def\b"  # by the host, or by the built site
+
+
+def text_of(page):
+    return (ROOT / "docs" / f"{page}.md").read_text()
+
+
+def without_code(text):
+    """A page without its fenced blocks and inline code, $`...`$ excepted."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"(?<!\$)`[^`\n]+`(?!\$)", "", text)
+
+
+def complaints(text):
+    """What a code host would spoil: there $...$ is read as Markdown before it is a formula."""
+    for match in INLINE.finditer(text):
+        quoted, plain = match.groups()
+        before, after = text[match.start() - 1], text[match.end():match.end() + 1]
+        if not re.match(r"[\s(|]", before) or not re.match(r"[\s.,;:)?!|]|$", after):
+            yield f"{match[0]} touches {before!r} or {after!r}"
+        if "\n" in match[0]:
+            yield f"{match[0]} spans lines"
+        if "|" in (quoted or plain) and "|" in text[text.rfind("\n", 0, match.start()) + 1]:
+            yield f"{match[0]} ends a table's cell"
+        if plain and re.search(r"\\[^A-Za-z]|[*<>]|[})\]]_|\]\(", plain):
+            yield f"{match[0]} has what Markdown takes for its own: write $`...`$"
+        if re.search(NOT_ALLOWED, match[0]):
+            yield f"{match[0]} has a macro that is not everywhere"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_formulas_are_written_for_code_hosts(page):
+    text = text_of(page)
+    assert not list(complaints(without_code(text)))
+    assert "$$" not in text, "a block is ```math: in $$ a host drops the backslash of \\,"
+    for block in re.findall(r"^```math\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE):
+        assert block.count("\n") == 1 and not re.search(NOT_ALLOWED, block), block
+        assert block.count("{") == block.count("}") and block.count("\\tag") <= 1, block
+
+
+@pytest.mark.parametrize("text, wrong", [
+    ("so $a_t$, and", 0), (r"so $`a\, b`$, and", 0), (r"so $a\, b$, and", 1),
+    ("an $n$-th", 1), ("so $a <b$, and", 1), (r"so $\hat{a}_\mu$, and", 1),
+    (r"so $`\operatorname{a}`$, and", 1), ("so $a\nb$, and", 1), ("\n| $|a|$ |\n", 1),
+])
+def test_a_spoiled_formula_is_noticed(text, wrong):
+    assert len(list(complaints(text))) == wrong
+
+
+def test_numbers_of_a_page_run_from_one():
+    for page in PAGES:
+        numbers = [int(n) for n in re.findall(r"\\tag\{(\d+)", text_of(page))]
+        assert numbers == list(range(1, len(numbers) + 1)), page
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_equation_and_choice_of_a_script_is_on_its_page(name):
+    source, page = (ROOT / f"{name}.py").read_text(), text_of(name)
+    promised = ast.get_docstring(ast.parse(source))
+    shown = set(re.findall(rf"<!-- line {name} (\(.*?\)) -->", page))
+    assert set(TAG.findall(promised)) == shown
+    for tag in shown:  # and beside an equation of that number
+        number = re.escape(tag.strip("()"))
+        assert re.search(rf"\\tag\{{\d+, [A-Z]+ {number}\}}", page), f"no equation says {tag}"
+    listed = page[page.index("\n## Choices"):page.index("\n## Results")]
+    letters = {int(n) for n in re.findall(r"\[C(\d+)\]", promised)}
+    told = {int(n) for n in re.findall(r"^- \*\*\[C(\d+)\]", listed, re.MULTILINE)}
+    for first, last in re.findall(r"^- \*\*\[C(\d+)\] to \[C(\d+)\]", listed, re.MULTILINE):
+        told |= set(range(int(first), int(last) + 1))
+    assert told == letters
+    for part in ("choices", "results"):
+        assert f"<!-- {part} {name} -->" in page
+
+
+def anchor(heading):
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+def test_links_lead_somewhere():
+    headings = {page: {anchor(h) for h in re.findall(r"^#+ (.*)$", text_of(page), re.MULTILINE)}
+                for page in PAGES}
+    for page in PAGES:
+        text = without_code(text_of(page))
+        for target, place in re.findall(r"\]\(([\w./]*)(?:#([\w-]+))?\)", text):
+            assert not target or (ROOT / "docs" / target).exists(), (page, target)
+            other = target.removesuffix(".md") or page
+            assert not place or place in headings[other], (page, target, place)
+
+
+def test_functions_to_copy_are_there():
+    table = re.findall(r"^\| (`.*?) \| .* \|$", text_of("copy"), re.MULTILINE)
+    assert table
+    for cell in table:
+        script = None
+        for name in re.findall(r"`([\w.]+)`", cell):
+            *prefix, name = name.split(".")
+            script = prefix[0] if prefix else script
+            assert hasattr(importlib.import_module(script), name), f"{script}.{name}"
