@@ -165,7 +165,7 @@ def line_row(mutant, imitators):
                               check=True, text=True, capture_output=True)
     scores = json.loads(done.stdout.splitlines()[-1])
     print(f"{script} {flags}, {mutant['bug'] or 'as it is'}: {iqm(scores):.2f}", flush=True)
-    values = [script, mutant["bug"], flags, len(scores), round(iqm(scores), 3),
+    values = [script, mutant["bug"], flags, len(scores), round(float(iqm(scores)), 3),
               round(min(scores), 3), round(max(scores), 3)]
     return dict(zip(LINE_COLUMNS, values))
 
