@@ -43,9 +43,9 @@ Lines that bear the number of an equation or the letter of a choice and have no 
 listed, too, and say so.
 """
 EFFECT = """
-Where an entry says what is learned, the broken copy and the script as it is were trained as well,
-with the same seeds (`benchmarks/lines.csv` has the flags): on CartPole-v1 for 100,000 steps, ten
-seeds, or on the sums, five; each number is the interquartile mean of the score at the end.
+Where an entry ends in two scores, the broken copy and the script as it is were trained with the
+same seeds (`benchmarks/lines.csv` has the flags): on CartPole-v1 for 100,000 steps, ten seeds, or
+on the sums, five; each number is the interquartile mean of the score at the end.
 {harmless} of {shown} broken copies end at 95 % of the right one's score or above. That is why such
 bugs live: the learning curve does not show them, and a test has to.
 """
@@ -231,8 +231,8 @@ def bug(source, mutant, statement, caught, effect):
     notice = f"`{caught}`" if caught else "*no test yet*" if caught == "" else "*not run yet*"
     learns = ""
     if effect:
-        learns = ", ".join(f"{x:.0f}" if max(effect) > 1 else f"{x:.2f}" for x in effect)
-        learns = f" Learns {learns.replace(', ', '; as it is ')}."
+        scores = (f"{x:.0f}" if max(effect) > 1 else f"{x:.2f}" for x in effect)
+        learns = " Trained, it ends at {}; the script as it is at {}.".format(*scores)
     head = " ".join([f"**{number}**", *what]) + f" · {prose(mutant['bug'])}"
     if mutant["source"] not in what:
         head += f" · *{prose(mutant['source'])}*"

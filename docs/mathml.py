@@ -36,6 +36,7 @@ def on_page_content(text, **_):
         mathml = latex2mathml.converter.convert(source, display="block" if block else "inline")
         mathml = re.sub(r"(<mi>log</mi>)(?!<mo stretchy=\"false\">)", rf"\1{THIN}", mathml)
         mathml = mathml.replace('<mo movablelimits="true">Pr</mo>', "<mi>Pr</mi>")
+        mathml = mathml.replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")
         mathml = re.sub(f"{BAR}(.*?){BAR}", ABSOLUTE, mathml)
         if not block:
             return mathml
