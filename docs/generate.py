@@ -101,12 +101,15 @@ def line(name, *tag):
 
 
 def choices(name):
-    """A table of the lines that bear a choice's letter."""
-    rows = ["| choice | line | code |", "|---|---|---|"]
+    """A table of the lines that bear a choice's letter, by letter."""
+    rows = []
     for number, text in algorithm(name):
-        if (match := TAGGED.fullmatch(text)) and (letters := re.findall(r"\[C\d+\]", match[2])):
-            rows.append(f"| {' '.join(letters)} | {number} | {cell(match[1])} |")
-    return "\n".join(rows)
+        if (match := TAGGED.fullmatch(text)) and (letters := re.findall(r"\[C(\d+)\]", match[2])):
+            shown = " ".join(f"[C{letter}]" for letter in letters)
+            rows.append((int(letters[0]), number, f"| {shown} | {number} | {cell(match[1])} |"))
+    return "\n".join([
+        "| choice | line | code |", "|---|---|---|", *(row for *_, row in sorted(rows)), "",
+        f"What becomes of the script when a line is broken: [every line](lines.md#{name}py)."])
 
 
 def diff(*words):
