@@ -33,6 +33,7 @@ P pairs; N packs of L tokens (a prompt and its two answers) with K targets.
     python dpo.py
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -241,13 +242,12 @@ def train(args):
         imitate(model, text, lambda rng: next(addition_stream(rng, False)), args)
     params = [param for param in ready(model, args).parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, args.learning_rate, weight_decay=0.0, fused=True)
-    sampler, budget = make_sampler(model, device, args), args.tokens_per_micro_batch
+    budget = args.tokens_per_micro_batch
     with Journal(args, model, optimizer, None) as journal:
-        refresh(sampler, model)
-        pairs, heldout = load_pairs(journal, sampler, text, args)
+        pairs, heldout = load_pairs(journal, model, text, args)
         if "reference" not in journal.before:                                     # [C2]
             journal.before["reference"] = score_all(model, pairs + heldout, budget, device).cpu()
-            journal.before["exam"] = exam(model, sampler, text, None, args)
+            journal.before["exam"] = exam(model, text, None, args)
         reference = journal.before["reference"].to(device) * (not args.reference_free)
         length = torch.tensor([[len(c), len(r)] for _, c, r in pairs + heldout], device=device)
         scale = 1 / length if args.length_normalize else torch.ones_like(length)
@@ -270,12 +270,12 @@ def train(args):
                 journal.score = facts["accuracy"].item()
                 shown = {f"heldout_{name}": facts[name] for name in ("margin", "chosen_fell")}
             journal.log(loss=loss, grad_norm=norm, **means, **shown)
-        refresh(sampler, model)
-        conclude(journal.before["exam"], exam(model, sampler, text, journal.before["exam"], args),
-                journal.score)
+        before = journal.before["exam"]
+        conclude(before, exam(model, text, before, args), journal.score)
         save_model(journal.dir / "model", model, text)
     leave()
     return journal.score
+
 
 # Below this line nothing is needed to understand the algorithm: pairs, decoder, evaluation, files.
 
@@ -303,17 +303,14 @@ def share(numbers):
     return list(numbers)[dist.get_rank()::dist.get_world_size()]
 
 
-def load_pairs(journal, sampler, text, args):
-    """(pairs to learn from, held-out pairs), of --data or made by the sampler and kept."""
-    context = sampler.config["max_position_embeddings"]
+def load_pairs(journal, model, text, args):
+    """(pairs to learn from, held-out pairs), of --data or made by the tiny GPT and kept."""
     if args.data:
-        return read_pairs(args, text, context)
+        return read_pairs(args, text, model.config["max_position_embeddings"])
     if "pairs" not in journal.before:
         rng = random.Random(f"pairs {args.seed}")
-        journal.before["pairs"] = make_pairs(
-            sampler, text, rng, args.train_pairs, held_out=False)
-        journal.before["heldout"] = make_pairs(
-            sampler, text, rng, args.eval_pairs, held_out=True)
+        journal.before["pairs"] = make_pairs(model, text, rng, args.train_pairs, held_out=False)
+        journal.before["heldout"] = make_pairs(model, text, rng, args.eval_pairs, held_out=True)
     return tuple([Pair(*pair) for pair in journal.before[name]] for name in ("pairs", "heldout"))
 
 
@@ -322,8 +319,8 @@ def worth(answer, example):
     return 3.0 * sum(a == b for a, b in zip(answer, example["answer"]))
 
 
-def make_pairs(sampler, text, rng, count, held_out):
-    """Pairs of answers that the sampler gives, labelled by chance as Bradley and Terry have it.
+def make_pairs(model, text, rng, count, held_out):
+    """Pairs of answers that the model gives, labelled by chance as Bradley and Terry have it.
 
     The one with reward r is the better with probability σ(r − r'). Of each prompt four pairs of
     different answers, the seldom as often as the usual, and drawn at a temperature above 1: what no
@@ -333,8 +330,7 @@ def make_pairs(sampler, text, rng, count, held_out):
     while len(pairs) < count:
         examples, seed = list(itertools.islice(stream, 256)), rng.randrange(2**31)
         prompts = [text.encode(example["prompt"]) for example in examples]
-        tokens, length, *_ = sample(sampler, prompts, 16, 4, 1.3, text.stop_ids, seed)
-        answers = [tuple(row[:n]) for row, n in zip(tokens.tolist(), length.tolist())]
+        answers = [*map(tuple, draw(model, prompts, 16, 1.3, seed))]
         for i, example in enumerate(examples):
             several = [*itertools.combinations(sorted({*answers[16 * i:16 * i + 16]}), 2)]
             for one, other in rng.sample(several, min(4, len(several))):
@@ -345,19 +341,37 @@ def make_pairs(sampler, text, rng, count, held_out):
 
 
 @torch.no_grad()
+def draw(model, prompts, count, temperature, seed):
+    """`count` answers of the tiny GPT, lists of at most four tokens, to each of the prompts.
+
+    Temperature 0: the likeliest.
+    """
+    device = model.frequency.device
+    starts = [(b,) for b in range(len(prompts)) for _ in range(count)]
+    generator = torch.Generator(device).manual_seed(seed)
+    for t in range(4):
+        place = {start: i for i, start in enumerate(sorted({*starts}))}  # most occur several times
+        packs = [(prompts[b], [(0, [*start[1:], 0]) for start in some])
+                 for b, some in itertools.groupby(place, lambda start: start[0])]
+        *batch, source, _ = collate(packs, device)[0]
+        prob = model(*batch, source[t::t + 1], None, temperature or 1.0).exp()
+        prob = prob[[place[start] for start in starts]]                           # (R, V)
+        token = prob.multinomial(1, generator=generator)[:, 0] if temperature else prob.argmax(1)
+        starts = [(*start, new) for start, new in zip(starts, token.tolist())]
+    return [[*answer[:answer.index(0)], 0] if 0 in answer else [*answer] for _, *answer in starts]
+
+
+@torch.no_grad()
 def exact(model, prompts, device):
     """log π (B, 1000) of all answers of three digits, as shares of these."""
-    answers = [[*map(Characters.symbols.index, f"{n:03}"), 0] for n in range(1000)]
-    completions = [(b, 1000 * b + n, a) for b in range(len(prompts)) for n, a in enumerate(answers)]
-    packs = [pack for part in plan(prompts, completions, 200) for pack in part]
-    result = torch.zeros(len(completions), device=device)
-    for part in fill_batches(packs, 16_384):
-        inputs, rows = collate(part, device)
-        result[rows] = model(*inputs, 1.0)[0].view(-1, 4).sum(1)
-    return result.view(len(prompts), 1000).log_softmax(-1)
+    answers = [(n, [*map(Characters.symbols.index, f"{n:03}"), 0]) for n in range(1000)]
+    packs = [(prompt, answers[n:n + 50]) for prompt in prompts for n in range(0, 1000, 50)]
+    parts = [collate(packs[i:i + 100], device)[0] for i in range(0, len(packs), 100)]
+    logprob = torch.cat([model(*part, 1.0)[0] for part in parts])
+    return logprob.view(len(prompts), 1000, 4).sum(2).log_softmax(-1)
 
 
-def exam(model, sampler, text, before, args):
+def exam(model, text, before, args):
     """What the tiny GPT can, beside π*; before: the same of before the training, None then."""
     if args.data:
         return {}
@@ -365,8 +379,7 @@ def exam(model, sampler, text, before, args):
     examples = list(itertools.islice(stream, 256))
     prompts, result = [text.encode(example["prompt"]) for example in examples], {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        tokens, length, *_ = sample(sampler, prompts, 1, 4, temperature, text.stop_ids, args.seed)
-        texts = [text.decode(row[:n]) for row, n in zip(tokens.tolist(), length.tolist())]
+        texts = map(text.decode, draw(model, prompts, 1, temperature, args.seed))
         right = [answer == example["answer"] for answer, example in zip(texts, examples)]
         result[name] = sum(right) / len(right)
     logprob = exact(model, prompts[:16], device)
@@ -450,73 +463,6 @@ def read_pair(row, text, context):
     return pair
 
 
-def plan(prompts, completions, budget):
-    """Micro-batches of at most `budget` tokens, or of one completion where that is longer.
-
-    prompts: lists of token ids. completions: (number of the prompt, row, token ids), a prompt's
-    next to each other. A micro-batch is a list of packs, a pack (prompt, [(row, token ids), ...]).
-    """
-    packs = []
-    for index, group in itertools.groupby(completions, lambda completion: completion[0]):
-        room = 0
-        for _, row, tokens in group:
-            if len(tokens) > room:  # a new pack computes the prompt once more
-                packs.append((prompts[index], []))
-                room = budget - len(prompts[index])
-            packs[-1][1].append((row, tokens))
-            room -= len(tokens)
-    return fill_batches(packs, budget)
-
-
-@torch.no_grad()
-def sample(model, prompts, num_generations, max_length, temperature, stop_ids, seed):
-    """Draw G completions of each of the prompts (lists of token ids); temperature 0: the likeliest.
-
-    Returns, R = B G rows, a prompt's rows next to each other: tokens (R, C), length (R,) with the
-    stop token counted [C6], ended (R,), False where max_length cut it off, and logprob (R, C).
-    """
-    device = model.frequency.device
-    draw = torch.Generator(device).manual_seed(seed)
-    stop_ids, width = torch.tensor(stop_ids, device=device), max(map(len, prompts))
-    length = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    padded = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
-    columns = torch.arange(width + max_length, device=device)
-    cache = model.make_cache(len(prompts), width + max_length)
-    causal = torch.ones(1, width, width, dtype=torch.bool, device=device).tril()
-    states = model.states(padded.to(device), columns[:width], causal, cache, columns[:width])
-    states = states[torch.arange(len(prompts), device=device), length - 1]          # (B, D)
-
-    states, length = (x.repeat_interleave(num_generations, 0) for x in (states, length))  # (R, ..)
-    cache = [x.repeat_interleave(num_generations, 0) for x in cache]
-    seen, row = columns < length[:, None], torch.arange(len(length), device=device)
-    tokens = torch.zeros(len(row), max_length, dtype=torch.long, device=device)
-    logprobs, ended = torch.zeros_like(tokens, dtype=torch.float), torch.zeros_like(row).bool()
-    for t in range(max_length):
-        logprob = next_logprob(states, model.lm_head.weight, temperature or 1.0)  # (rows left, V)
-        if temperature:  # the first at which the sum of probabilities exceeds a random number
-            point = torch.rand(len(row), 1, generator=draw, device=device, dtype=torch.double)
-            token = torch.searchsorted(logprob.double().exp().cumsum(-1), point, right=True)
-            token = token.clamp(max=logprob.shape[1] - 1)
-        else:
-            token = logprob.argmax(-1, keepdim=True)
-        tokens[row, t], logprobs[row, t] = token[:, 0], logprob.gather(1, token)[:, 0]
-        ended[row] |= torch.isin(token[:, 0], stop_ids)
-        if t + 1 == max_length:
-            break
-        if t % 16 == 15:  # seldom: to look means to wait for the device
-            going = (~ended[row]).nonzero()[:, 0]
-            if len(going) == 0:
-                break
-            if len(going) <= 0.75 * len(row):
-                row, token, seen, length = row[going], token[going], seen[going], length[going]
-                cache = [x[going] for x in cache]
-        seen[:, width + t] = True
-        states = model.decode(token, (length + t)[:, None], seen, columns[width + t].view(1), cache,
-                              reach=min(-(-(width + t + 1) // 64) * 64, len(columns)))  # (.., D)
-    stops = torch.isin(tokens, stop_ids).int().argmax(1)  # the first
-    return tokens, torch.where(ended, stops + 1, max_length), ended, logprobs
-
-
 def join(args):
     """Join the other processes, if torchrun started any; returns (device, rank, their number)."""
     name, rank, world_size = args.device, 0, 1
@@ -572,15 +518,6 @@ def total(tensor):
     return tensor
 
 
-def gather(rows):
-    """The rows (R,) of all processes, one process after another."""
-    if not dist.is_initialized():
-        return rows
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, rows.tolist())
-    return torch.tensor([row for part in parts for row in part])
-
-
 def leave():
     """Part from the other processes once all have come to their end."""
     if dist.is_initialized():
@@ -604,28 +541,6 @@ def ready(model, args):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return model
-
-
-def make_sampler(model, device, args):
-    """The Decoder that samples: the model itself, or a whole copy of it that `refresh` fills."""
-    if not (args.bf16 or args.lora_rank or args.compile or dist.is_initialized()):
-        return model
-    sampler = Decoder(model.config).to(device).requires_grad_(False)
-    for module in sampler.modules():
-        if args.bf16 and isinstance(module, (nn.Linear, nn.Embedding)):
-            module.to(torch.bfloat16)
-        if args.compile and isinstance(module, Block):
-            module.compile(dynamic=True)
-    sampler.graphs = args.compile and device.type == "cuda"
-    return sampler
-
-
-def refresh(sampler, model):
-    """Give the sampler the model's weights as they are now, adapters merged into them."""
-    if sampler is not model:
-        params = dict(sampler.named_parameters())
-        for name, weight in merged(model):
-            params[name].data.copy_(weight)
 
 
 @torch.no_grad()
@@ -744,7 +659,6 @@ class Decoder(nn.Module):
     def __init__(self, config, rank=0, bf16=False, checkpointing=False):
         super().__init__()
         self.config, self.bf16, self.checkpointing = config, bf16, checkpointing
-        self.graphs, self.recorded = False, (None, None)
         vocabulary, width = config["vocab_size"], config["hidden_size"]
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(vocabulary, width)
@@ -760,11 +674,16 @@ class Decoder(nn.Module):
         self.register_buffer("frequency", frequencies(config), persistent=False)
 
     def forward(self, tokens, position, segment, source, target, temperature):
-        """Log-probabilities of targets and entropies where they were drawn, (K,), see Packs."""
+        """Log-probabilities of targets and entropies where they were drawn, (K,), see Packs.
+
+        Where target is None, those of all tokens that might stand there, (K, V).
+        """
         with torch.autocast(tokens.device.type, torch.bfloat16, self.bf16):
             same = segment[:, :, None] == segment[:, None, :]                     # (N, L, L)
             mask = (same | (segment == 0)[:, None, :]).tril()
             states = self.states(tokens, position, mask).flatten(0, 1)[source]    # (K, D)
+            if target is None:
+                return next_logprob(states, self.lm_head.weight, temperature)
             parts = [checkpoint(self.score, *part, temperature, use_reentrant=False)
                      for part in zip(states.split(512), target.split(512))]
         logprob, entropy = zip(*parts)
@@ -791,46 +710,6 @@ class Decoder(nn.Module):
             else:
                 x = block(x, rotation, mask, cache and cache[2 * i:2 * i + 2], columns)
         return self.model.norm(x)
-
-    def decode(self, token, position, seen, column, cache, reach):
-        """States (R, D) behind one more token (R, 1); of seen (R, S) only `reach` columns count."""
-
-        def step(token, position, seen, column):
-            return self.states(token, position, seen[:, None, :reach], cache, column)[:, 0]
-
-        inputs = token, position, seen, column
-        if not self.graphs:
-            return step(*inputs)
-        key = (reach, *seen.shape, *(x.data_ptr() for x in cache))
-        if self.recorded[0] != key:
-            self.recorded = key, record(step, inputs)
-        return self.recorded[1](*inputs)
-
-    def make_cache(self, num_rows, num_columns):
-        """Room for keys and values, two tensors (rows, heads, columns, size) of each layer."""
-        weight, layers = self.model.layers[0].self_attn.k_proj.weight, len(self.model.layers)
-        size = self.config["num_key_value_heads"], num_columns, self.config["head_dim"]
-        return [weight.new_zeros(num_rows, *size) for _ in range(2 * layers)]
-
-
-def record(step, inputs):
-    """The step as a CUDA graph: a function that replays it on other numbers, of the same shapes."""
-    inputs, stream = [x.clone() for x in inputs], torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step(*inputs)  # once before, as libraries set themselves up in their first call
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = step(*inputs)
-
-    def replay(*others):
-        for mine, other in zip(inputs, others):
-            mine.copy_(other)
-        graph.replay()
-        return output
-
-    return replay
 
 
 def frequencies(config):
@@ -1061,7 +940,7 @@ class Journal:
     def __init__(self, args, model, optimizer, reference):
         self.args, self.model, self.optimizer, self.reference = args, model, optimizer, reference
         self.writes = os.environ.get("RANK", "0") == "0"  # of several processes, only the first
-        self.step, self.seconds, self.score, self.before = 0, 0.0, math.nan, {}
+        self.step, self.seconds, self.score, self.before, self.size = 0, 0.0, math.nan, {}, 0
         task = Path(args.data).stem or getattr(args, "task", "pairs")
         name = f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
@@ -1069,11 +948,10 @@ class Journal:
             self.load()
         elif self.writes and (self.dir / "checkpoint.pt").exists():
             fail(f"--run-dir {self.dir}: holds a run already; --resume it, or name another folder")
-        self.metrics = open_metrics(self.dir if self.writes else None, args, self.step)
+        self.metrics, self.wandb = open_run(self.dir, args, self.size)
         shows = self.writes and sys.stderr.isatty()
         self.bar = tqdm(total=args.max_steps, initial=self.step, unit=" batches",
                         dynamic_ncols=True, disable=not shows)
-        self.wandb = start_wandb(args, self.dir) if args.track and self.writes else None
         self.clock = self.shown = time.perf_counter()
 
     @property
@@ -1091,9 +969,10 @@ class Journal:
         for name in means:
             if not math.isfinite(row[name]):
                 raise FloatingPointError(name)
-        if self.step == 1:
+        if self.size == 0:
             self.metrics.write(",".join(row) + "\n")
         self.metrics.write(",".join(f"{value:.8g}" for value in row.values()) + "\n")
+        self.size = self.metrics.tell()  # a resumed run goes on from there
         if self.step % self.args.checkpoint_every == 0:
             self.save()
         self.bar.set_postfix_str(f"score {self.score:.3f}", refresh=False)
@@ -1140,17 +1019,14 @@ class Journal:
         import torch.distributed.checkpoint.state_dict as sharded
 
         options = sharded.StateDictOptions(full_state_dict=True)
-        state = read_checkpoint("resume", self.dir)
-        try:
+        state = read_checkpoint(self.dir)
+        with blamed(f"--resume {self.dir}: its checkpoint.pt is not of such a run"):
             sharded.set_state_dict(self.model, self.optimizer, model_state_dict=state["model"],
                                    optim_state_dict=state["optimizer"], options=options)
             if self.reference not in (None, self.model):
                 sharded.set_model_state_dict(self.reference, state["reference"], options=options)
             self.optimizer.param_groups[0]["lr"] = self.args.learning_rate  # not the file's
-            for name in KEPT:
-                setattr(self, name, state["run"][name])
-        except Exception as error:  # a foreign file fails in many ways
-            fail(f"--resume {self.dir}: its checkpoint.pt is not of such a run: {error}")
+            vars(self).update({name: state["run"][name] for name in KEPT})
 
     def __enter__(self):
         return self
@@ -1166,56 +1042,51 @@ class Journal:
             self.save()
 
 
-KEPT = ("step", "seconds", "score", "before")  # of Journal, in the checkpoint
+KEPT = ("step", "seconds", "score", "before", "size")  # of Journal, in a checkpoint
 
 
-def open_metrics(folder, args, step):
-    """Write args.json; returns metrics.csv, to append to, less what came after the checkpoint."""
-    if folder is None:
-        return open(os.devnull, "w")
-    path = folder / "metrics.csv"
-    try:
+def open_run(folder, args, size):
+    """Write args.json; returns metrics.csv, cut to `size` bytes, and wandb's run, if any."""
+    if os.environ.get("RANK", "0") != "0":  # of several processes, only the first writes
+        return open(os.devnull, "w"), None
+    with blamed(f"--run-dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-        whole = [line for line in lines[1:] if line.endswith("\n")]
-        kept = [line for line in whole if int(line.split(",")[0]) <= step]
-        path.write_text("".join(lines[:1] + kept))
-        return path.open("a", buffering=1)
-    except OSError as error:
-        fail(f"--run-dir {folder}: {error}")
-
-
-def start_wandb(args, folder):
-    try:
+        metrics = (folder / "metrics.csv").open("a", buffering=1)
+        metrics.truncate(min(size, metrics.tell()))
+    if not args.track:
+        return metrics, None
+    with blamed("--track"):
         import wandb  # here, so that those who do not --track need not wait for it
 
-        return wandb.init(project=args.wandb_project, config=dataclasses.asdict(args), dir=folder,
-                          name=folder.name, id=folder.name, resume="allow")
-    except Exception as error:  # wandb raises many kinds
-        fail(f"--track: {error}")
+        return metrics, wandb.init(project=args.wandb_project, config=dataclasses.asdict(args),
+                                   dir=folder, name=folder.name, id=folder.name, resume="allow")
 
 
 def parse(kind):
     """The flags; with --resume, those of the run it names where the command line has none."""
     args = tyro.cli(kind)
-    flag = "eval-only" if getattr(args, "eval_only", "") else "resume"
-    folder = getattr(args, flag.replace("-", "_"))
+    folder = args.resume or getattr(args, "eval_only", "")
     if not folder:
         return args
-    try:
-        saved = kind(**read_checkpoint(flag, folder)["args"])
-    except (KeyError, TypeError) as error:
-        fail(f"--{flag} {folder}: its checkpoint.pt is not of such a run: {error}")
+    with blamed(f"{folder}/checkpoint.pt: not of such a run"):
+        saved = kind(**read_checkpoint(folder)["args"])
     return tyro.cli(kind, default=saved)
 
 
-def read_checkpoint(flag, folder):
+def read_checkpoint(folder):
     """What save wrote there; weights_only, so that a stranger's file can run no code."""
-    try:
+    with blamed(f"--resume {folder}: no checkpoint.pt of such a run there"):
         return torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is missing, torn or foreign fails in many ways
-        fail(f"--{flag} {folder}: no checkpoint.pt of such a run there: {error}")
+
+
+@contextlib.contextmanager
+def blamed(cause):
+    """Whatever fails inside, and it may in many ways, is a mistake of the user's there."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{cause}: {error}")
 
 
 def fail(message):

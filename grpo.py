@@ -11,7 +11,6 @@ To each of B prompts q the policy π writes G completions o, each worth a reward
 network: the group is the baseline. Shao et al., DeepSeekMath (2024), arXiv 2402.03300:
     J = mean over completions and their tokens of min(ρ Â, clip(ρ, 1−ε, 1+ε) Â) − β KL    (3)
     KL(π‖π_ref) is estimated by k3 = π_ref/π − log(π_ref/π) − 1                           (4)
-
 with ρ_t = π(o_t|q, o_<t) / π_old(o_t|q, o_<t) and Â_i = (r_i − mean r) / std r of the group.
 
 [C1] --preset; where β is 0 there is no reference policy at all:
@@ -34,6 +33,7 @@ B prompts, G completions of each, R = B G rows, C tokens of one; N packs of L to
 """
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -181,7 +181,7 @@ def sample(model, prompts, num_generations, max_length, temperature, stop_ids, s
     length = torch.tensor([len(prompt) for prompt in prompts], device=device)
     padded = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
     columns = torch.arange(width + max_length, device=device)
-    cache = model.make_cache(len(prompts), width + max_length)
+    cache = make_cache(model, len(prompts), width + max_length)
     causal = torch.ones(1, width, width, dtype=torch.bool, device=device).tril()
     states = model.states(padded.to(device), columns[:width], causal, cache, columns[:width])
     states = states[torch.arange(len(prompts), device=device), length - 1]          # (B, D)
@@ -211,8 +211,8 @@ def sample(model, prompts, num_generations, max_length, temperature, stop_ids, s
                 row, token, seen, length = row[going], token[going], seen[going], length[going]
                 cache = [x[going] for x in cache]
         seen[:, width + t] = True
-        states = model.decode(token, (length + t)[:, None], seen, columns[width + t].view(1), cache,
-                              reach=min(-(-(width + t + 1) // 64) * 64, len(columns)))  # (.., D)
+        states = decode(model, token, (length + t)[:, None], seen, columns[width + t].view(1),
+                        cache, reach=min(-(-(width + t + 1) // 64) * 64, len(columns)))  # (.., D)
     stops = torch.isin(tokens, stop_ids).int().argmax(1)  # the first
     return tokens, torch.where(ended, stops + 1, max_length), ended, logprobs
 
@@ -395,6 +395,7 @@ def train(args):
     leave()
     return journal.score
 
+
 # Below this line nothing is needed to understand the algorithm: decoder, task, evaluation, files.
 
 
@@ -497,7 +498,6 @@ class Decoder(nn.Module):
     def __init__(self, config, rank=0, bf16=False, checkpointing=False):
         super().__init__()
         self.config, self.bf16, self.checkpointing = config, bf16, checkpointing
-        self.graphs, self.recorded = False, (None, None)
         vocabulary, width = config["vocab_size"], config["hidden_size"]
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(vocabulary, width)
@@ -513,11 +513,16 @@ class Decoder(nn.Module):
         self.register_buffer("frequency", frequencies(config), persistent=False)
 
     def forward(self, tokens, position, segment, source, target, temperature):
-        """Log-probabilities of targets and entropies where they were drawn, (K,), see Packs."""
+        """Log-probabilities of targets and entropies where they were drawn, (K,), see Packs.
+
+        Where target is None, those of all tokens that might stand there, (K, V).
+        """
         with torch.autocast(tokens.device.type, torch.bfloat16, self.bf16):
             same = segment[:, :, None] == segment[:, None, :]                     # (N, L, L)
             mask = (same | (segment == 0)[:, None, :]).tril()
             states = self.states(tokens, position, mask).flatten(0, 1)[source]    # (K, D)
+            if target is None:
+                return next_logprob(states, self.lm_head.weight, temperature)
             parts = [checkpoint(self.score, *part, temperature, use_reentrant=False)
                      for part in zip(states.split(512), target.split(512))]
         logprob, entropy = zip(*parts)
@@ -544,46 +549,6 @@ class Decoder(nn.Module):
             else:
                 x = block(x, rotation, mask, cache and cache[2 * i:2 * i + 2], columns)
         return self.model.norm(x)
-
-    def decode(self, token, position, seen, column, cache, reach):
-        """States (R, D) behind one more token (R, 1); of seen (R, S) only `reach` columns count."""
-
-        def step(token, position, seen, column):
-            return self.states(token, position, seen[:, None, :reach], cache, column)[:, 0]
-
-        inputs = token, position, seen, column
-        if not self.graphs:
-            return step(*inputs)
-        key = (reach, *seen.shape, *(x.data_ptr() for x in cache))
-        if self.recorded[0] != key:
-            self.recorded = key, record(step, inputs)
-        return self.recorded[1](*inputs)
-
-    def make_cache(self, num_rows, num_columns):
-        """Room for keys and values, two tensors (rows, heads, columns, size) of each layer."""
-        weight, layers = self.model.layers[0].self_attn.k_proj.weight, len(self.model.layers)
-        size = self.config["num_key_value_heads"], num_columns, self.config["head_dim"]
-        return [weight.new_zeros(num_rows, *size) for _ in range(2 * layers)]
-
-
-def record(step, inputs):
-    """The step as a CUDA graph: a function that replays it on other numbers, of the same shapes."""
-    inputs, stream = [x.clone() for x in inputs], torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step(*inputs)  # once before, as libraries set themselves up in their first call
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = step(*inputs)
-
-    def replay(*others):
-        for mine, other in zip(inputs, others):
-            mine.copy_(other)
-        graph.replay()
-        return output
-
-    return replay
 
 
 def frequencies(config):
@@ -645,6 +610,8 @@ PRESETS = {  # [C1]
 def settle_flags(args):
     """Give each flag a value; returns (args, device, rank, number of processes)."""
     device, rank, world_size = join(args)
+    if args.data and not args.model:
+        fail(f"--data {args.data}: needs --model, as the tiny GPT knows only its own two tasks")
     if args.preset not in PRESETS:
         fail(f"--preset {args.preset}: must be one of {', '.join(PRESETS)}")
     length = 256 if args.data else 32 if args.model else 4 if args.task == "addition" else 12
@@ -742,8 +709,51 @@ def make_sampler(model, device, args):
             module.to(torch.bfloat16)
         if args.compile and isinstance(module, Block):
             module.compile(dynamic=True)
-    sampler.graphs = args.compile and device.type == "cuda"
+    if args.compile and device.type == "cuda":
+        sampler.recorded = None, None  # decode replays its step as a CUDA graph
     return sampler
+
+
+def make_cache(model, num_rows, num_columns):
+    """Room for keys and values, two tensors (rows, heads, columns, size) of each layer."""
+    weight, layers = model.model.layers[0].self_attn.k_proj.weight, len(model.model.layers)
+    size = model.config["num_key_value_heads"], num_columns, model.config["head_dim"]
+    return [weight.new_zeros(num_rows, *size) for _ in range(2 * layers)]
+
+
+def decode(model, token, position, seen, column, cache, reach):
+    """States (R, D) behind one more token (R, 1); of seen (R, S) only `reach` columns count."""
+
+    def step(token, position, seen, column):
+        return model.states(token, position, seen[:, None, :reach], cache, column)[:, 0]
+
+    inputs = token, position, seen, column
+    if not hasattr(model, "recorded"):
+        return step(*inputs)
+    key = (reach, *seen.shape, *(x.data_ptr() for x in cache))
+    if model.recorded[0] != key:
+        model.recorded = key, record(step, inputs)
+    return model.recorded[1](*inputs)
+
+
+def record(step, inputs):
+    """The step as a CUDA graph: a function that replays it on other numbers, of the same shapes."""
+    inputs, stream = [x.clone() for x in inputs], torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(*inputs)  # once before, as libraries set themselves up in their first call
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step(*inputs)
+
+    def replay(*others):
+        for mine, other in zip(inputs, others):
+            mine.copy_(other)
+        graph.replay()
+        return output
+
+    return replay
 
 
 @torch.no_grad()
@@ -758,13 +768,11 @@ def score_frozen(reference, packs, temperature):
     return logprob
 
 
-
 def total(tensor):
     """Put the sum over all processes into the tensor; returns it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
 
 
 def gather(rows):
@@ -774,7 +782,6 @@ def gather(rows):
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, rows.tolist())
     return torch.tensor([row for part in parts for row in part])
-
 
 
 def leave():
@@ -1133,7 +1140,7 @@ class Journal:
     def __init__(self, args, model, optimizer, reference):
         self.args, self.model, self.optimizer, self.reference = args, model, optimizer, reference
         self.writes = os.environ.get("RANK", "0") == "0"  # of several processes, only the first
-        self.step, self.seconds, self.score, self.before = 0, 0.0, math.nan, {}
+        self.step, self.seconds, self.score, self.before, self.size = 0, 0.0, math.nan, {}, 0
         task = Path(args.data).stem or getattr(args, "task", "pairs")
         name = f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
@@ -1141,11 +1148,10 @@ class Journal:
             self.load()
         elif self.writes and (self.dir / "checkpoint.pt").exists():
             fail(f"--run-dir {self.dir}: holds a run already; --resume it, or name another folder")
-        self.metrics = open_metrics(self.dir if self.writes else None, args, self.step)
+        self.metrics, self.wandb = open_run(self.dir, args, self.size)
         shows = self.writes and sys.stderr.isatty()
         self.bar = tqdm(total=args.max_steps, initial=self.step, unit=" batches",
                         dynamic_ncols=True, disable=not shows)
-        self.wandb = start_wandb(args, self.dir) if args.track and self.writes else None
         self.clock = self.shown = time.perf_counter()
 
     @property
@@ -1163,9 +1169,10 @@ class Journal:
         for name in means:
             if not math.isfinite(row[name]):
                 raise FloatingPointError(name)
-        if self.step == 1:
+        if self.size == 0:
             self.metrics.write(",".join(row) + "\n")
         self.metrics.write(",".join(f"{value:.8g}" for value in row.values()) + "\n")
+        self.size = self.metrics.tell()  # a resumed run goes on from there
         if self.step % self.args.checkpoint_every == 0:
             self.save()
         self.bar.set_postfix_str(f"score {self.score:.3f}", refresh=False)
@@ -1212,17 +1219,14 @@ class Journal:
         import torch.distributed.checkpoint.state_dict as sharded
 
         options = sharded.StateDictOptions(full_state_dict=True)
-        state = read_checkpoint("resume", self.dir)
-        try:
+        state = read_checkpoint(self.dir)
+        with blamed(f"--resume {self.dir}: its checkpoint.pt is not of such a run"):
             sharded.set_state_dict(self.model, self.optimizer, model_state_dict=state["model"],
                                    optim_state_dict=state["optimizer"], options=options)
             if self.reference not in (None, self.model):
                 sharded.set_model_state_dict(self.reference, state["reference"], options=options)
             self.optimizer.param_groups[0]["lr"] = self.args.learning_rate  # not the file's
-            for name in KEPT:
-                setattr(self, name, state["run"][name])
-        except Exception as error:  # a foreign file fails in many ways
-            fail(f"--resume {self.dir}: its checkpoint.pt is not of such a run: {error}")
+            vars(self).update({name: state["run"][name] for name in KEPT})
 
     def __enter__(self):
         return self
@@ -1238,61 +1242,51 @@ class Journal:
             self.save()
 
 
-KEPT = ("step", "seconds", "score", "before")  # of Journal, in the checkpoint
+KEPT = ("step", "seconds", "score", "before", "size")  # of Journal, in a checkpoint
 
 
-
-def open_metrics(folder, args, step):
-    """Write args.json; returns metrics.csv, to append to, less what came after the checkpoint."""
-    if folder is None:
-        return open(os.devnull, "w")
-    path = folder / "metrics.csv"
-    try:
+def open_run(folder, args, size):
+    """Write args.json; returns metrics.csv, cut to `size` bytes, and wandb's run, if any."""
+    if os.environ.get("RANK", "0") != "0":  # of several processes, only the first writes
+        return open(os.devnull, "w"), None
+    with blamed(f"--run-dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-        whole = [line for line in lines[1:] if line.endswith("\n")]
-        kept = [line for line in whole if int(line.split(",")[0]) <= step]
-        path.write_text("".join(lines[:1] + kept))
-        return path.open("a", buffering=1)
-    except OSError as error:
-        fail(f"--run-dir {folder}: {error}")
-
-
-
-def start_wandb(args, folder):
-    try:
+        metrics = (folder / "metrics.csv").open("a", buffering=1)
+        metrics.truncate(min(size, metrics.tell()))
+    if not args.track:
+        return metrics, None
+    with blamed("--track"):
         import wandb  # here, so that those who do not --track need not wait for it
 
-        return wandb.init(project=args.wandb_project, config=dataclasses.asdict(args), dir=folder,
-                          name=folder.name, id=folder.name, resume="allow")
-    except Exception as error:  # wandb raises many kinds
-        fail(f"--track: {error}")
-
+        return metrics, wandb.init(project=args.wandb_project, config=dataclasses.asdict(args),
+                                   dir=folder, name=folder.name, id=folder.name, resume="allow")
 
 
 def parse(kind):
     """The flags; with --resume, those of the run it names where the command line has none."""
     args = tyro.cli(kind)
-    flag = "eval-only" if getattr(args, "eval_only", "") else "resume"
-    folder = getattr(args, flag.replace("-", "_"))
+    folder = args.resume or getattr(args, "eval_only", "")
     if not folder:
         return args
-    try:
-        saved = kind(**read_checkpoint(flag, folder)["args"])
-    except (KeyError, TypeError) as error:
-        fail(f"--{flag} {folder}: its checkpoint.pt is not of such a run: {error}")
+    with blamed(f"{folder}/checkpoint.pt: not of such a run"):
+        saved = kind(**read_checkpoint(folder)["args"])
     return tyro.cli(kind, default=saved)
 
 
-
-def read_checkpoint(flag, folder):
+def read_checkpoint(folder):
     """What save wrote there; weights_only, so that a stranger's file can run no code."""
-    try:
+    with blamed(f"--resume {folder}: no checkpoint.pt of such a run there"):
         return torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is missing, torn or foreign fails in many ways
-        fail(f"--{flag} {folder}: no checkpoint.pt of such a run there: {error}")
 
+
+@contextlib.contextmanager
+def blamed(cause):
+    """Whatever fails inside, and it may in many ways, is a mistake of the user's there."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{cause}: {error}")
 
 
 def fail(message):

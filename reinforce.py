@@ -29,6 +29,7 @@ Shapes: T steps of the longest episode, N environments, O numbers an observation
     python reinforce.py --env-id CartPole-v1
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -203,10 +204,8 @@ class Envs:
     """
 
     def __init__(self, env_id, num_envs, device):
-        try:
+        with blamed(f"--env-id {env_id}"):
             self.envs = gym.make_vec(env_id, num_envs)
-        except (gym.error.Error, ImportError) as error:
-            fail(f"--env-id {env_id}: {error}")
         self.device, self.action_space = device, self.envs.single_action_space
         obs_space, mode = self.envs.single_observation_space, self.envs.metadata["autoreset_mode"]
         if not isinstance(obs_space, Box) or not isinstance(self.action_space, (Discrete, Box)):
@@ -263,18 +262,18 @@ class Run:
     def __init__(self, args, threshold, **parts):
         self.args, self.threshold, self.parts = args, threshold, parts
         self.writes = os.environ.get("RANK", "0") == "0"  # of several processes, only the first
-        self.step, self.iteration, self.seconds, self.window, self.passed = 0, 0, 0.0, [], ""
+        self.step, self.iteration, self.seconds = 0, 0, 0.0
+        self.window, self.passed, self.size = [], "", 0  # of metrics.csv
         name = f"{Path(__file__).stem}-{args.env_id}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.resume or args.run_dir or "runs/" + re.sub(r"[^\w.-]+", "-", name))
         if args.resume:
             self.load()
         elif self.writes and (self.dir / "checkpoint.pt").exists():
             fail(f"--run-dir {self.dir}: holds a run already; --resume it, or name another folder")
-        self.metrics = open_metrics(self.dir if self.writes else None, args, self.step)
+        self.metrics, self.wandb = open_run(self.dir, args, self.size)
         shows = self.writes and sys.stderr.isatty()
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps",
                         unit_scale=True, dynamic_ncols=True, disable=not shows)
-        self.wandb = start_wandb(args, self.dir) if args.track and self.writes else None
         self.clock = self.shown = time.perf_counter()
         self.save()
 
@@ -301,9 +300,10 @@ class Run:
         for name in means:
             if not math.isfinite(row[name]):
                 raise FloatingPointError(name)
-        if self.iteration == 1:
+        if self.size == 0:
             self.metrics.write(",".join(row) + "\n")
         self.metrics.write(",".join(f"{value:.8g}" for value in row.values()) + "\n")
+        self.size = self.metrics.tell()  # a resumed run goes on from there
         if not self.passed and self.threshold is not None and self.score >= self.threshold:
             self.passed = f"; {self.threshold:g} passed at {self.step:,}, {self.seconds:.1f} s"
         if self.iteration % self.args.checkpoint_every == 0:
@@ -333,18 +333,15 @@ class Run:
 
     def load(self):
         """Take back what save wrote."""
-        state = read_checkpoint("resume", self.dir)
-        try:
+        state = read_checkpoint(self.dir)
+        with blamed(f"--resume {self.dir}: its checkpoint.pt is not of such a run"):
             for name, part in self.parts.items():
                 if isinstance(part, torch.optim.Optimizer):  # the flags, not the file, set its rate
                     state[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(state[name])
-            for name in KEPT:
-                setattr(self, name, state["run"][name])
+            vars(self).update({name: state["run"][name] for name in KEPT})
             torch.set_rng_state(state["rng"][0])
             torch.cuda.set_rng_state_all(state["rng"][1:])
-        except Exception as error:  # a foreign file fails in many ways
-            fail(f"--resume {self.dir}: its checkpoint.pt is not of such a run: {error}")
 
     def __enter__(self):
         return self
@@ -362,34 +359,25 @@ class Run:
             print(f"score {self.score:.1f} after {took}; files in {self.dir}")
 
 
-KEPT = ("step", "iteration", "seconds", "window", "passed")  # of Run, in the checkpoint
+KEPT = ("step", "iteration", "seconds", "window", "passed", "size")  # of Run, in a checkpoint
 
 
-def open_metrics(folder, args, step):
-    """Write args.json; returns metrics.csv, to append to, less what came after the checkpoint."""
-    if folder is None:
-        return open(os.devnull, "w")
-    path = folder / "metrics.csv"
-    try:
+def open_run(folder, args, size):
+    """Write args.json; returns metrics.csv, cut to `size` bytes, and wandb's run, if any."""
+    if os.environ.get("RANK", "0") != "0":  # of several processes, only the first writes
+        return open(os.devnull, "w"), None
+    with blamed(f"--run-dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-        whole = [line for line in lines[1:] if line.endswith("\n")]
-        kept = [line for line in whole if int(line.split(",")[0]) <= step]
-        path.write_text("".join(lines[:1] + kept))
-        return path.open("a", buffering=1)
-    except OSError as error:
-        fail(f"--run-dir {folder}: {error}")
-
-
-def start_wandb(args, folder):
-    try:
+        metrics = (folder / "metrics.csv").open("a", buffering=1)
+        metrics.truncate(min(size, metrics.tell()))
+    if not args.track:
+        return metrics, None
+    with blamed("--track"):
         import wandb  # here, so that those who do not --track need not wait for it
 
-        return wandb.init(project=args.wandb_project, config=dataclasses.asdict(args), dir=folder,
-                          name=folder.name, id=folder.name, resume="allow")
-    except Exception as error:  # wandb raises many kinds
-        fail(f"--track: {error}")
+        return metrics, wandb.init(project=args.wandb_project, config=dataclasses.asdict(args),
+                                   dir=folder, name=folder.name, id=folder.name, resume="allow")
 
 
 def prepare(args):
@@ -414,23 +402,27 @@ def prepare(args):
 def parse(kind):
     """The flags; with --resume, those of the run it names where the command line has none."""
     args = tyro.cli(kind)
-    flag = "eval-only" if getattr(args, "eval_only", "") else "resume"
-    folder = getattr(args, flag.replace("-", "_"))
+    folder = args.resume or getattr(args, "eval_only", "")
     if not folder:
         return args
-    try:
-        saved = kind(**read_checkpoint(flag, folder)["args"])
-    except (KeyError, TypeError) as error:
-        fail(f"--{flag} {folder}: its checkpoint.pt is not of such a run: {error}")
+    with blamed(f"{folder}/checkpoint.pt: not of such a run"):
+        saved = kind(**read_checkpoint(folder)["args"])
     return tyro.cli(kind, default=saved)
 
 
-def read_checkpoint(flag, folder):
+def read_checkpoint(folder):
     """What save wrote there; weights_only, so that a stranger's file can run no code."""
-    try:
+    with blamed(f"--resume {folder}: no checkpoint.pt of such a run there"):
         return torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is missing, torn or foreign fails in many ways
-        fail(f"--{flag} {folder}: no checkpoint.pt of such a run there: {error}")
+
+
+@contextlib.contextmanager
+def blamed(cause):
+    """Whatever fails inside, and it may in many ways, is a mistake of the user's there."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{cause}: {error}")
 
 
 def fail(message):

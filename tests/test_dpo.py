@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 from unittest import mock
 
@@ -288,11 +289,34 @@ def test_exact_probabilities_of_all_answers():
     torch.testing.assert_close(difference, plain[0] - plain[1], atol=1e-4, rtol=1e-4)
 
 
+def test_answers_are_drawn_as_probable_as_they_are():
+    text = dpo.Characters()
+    torch.manual_seed(0)
+    model = model_of(vocabulary=len(text.symbols))
+    prompts = [text.encode("1+2="), text.encode("34+5=")]
+    answers = dpo.draw(model, prompts, 4000, 0.8, seed=1)
+    assert len(answers) == 8000 and dpo.draw(model, prompts, 4000, 0.8, seed=1) == answers
+    assert dpo.draw(model, prompts, 4000, 0.8, seed=2) != answers
+    for prompt, some in zip(prompts, (answers[:4000], answers[4000:])):
+        assert all(len(a) == 4 or a[-1] == 0 for a in some) and all(0 not in a[:-1] for a in some)
+        for answer, count in Counter(map(tuple, some)).most_common(20):
+            logits = [model(*dpo.collate([(prompt, [(0, [*answer[:t], 0])])], CPU)[0][:3],
+                            torch.tensor([len(prompt) + t - 1]), None, 0.8)[0]
+                      for t in range(len(answer))]
+            prob = math.exp(sum(row[token].item() for row, token in zip(logits, answer)))
+            assert count / 4000 == pytest.approx(prob, abs=4 * math.sqrt(prob / 4000)), answer
+    likeliest = dpo.draw(model, prompts, 2, 0.0, seed=3)
+    assert likeliest[0] == likeliest[1] and likeliest[2] == likeliest[3]
+    row, _ = dpo.collate([(prompts[0], [(0, [0])])], CPU)
+    first = model(*row[:3], row.source, None, 1.0).argmax()
+    assert likeliest[0][0] == first
+
+
 def test_pairs_are_labelled_by_chance_as_the_reward_says():
     text = dpo.Characters()
     model = model_of(vocabulary=len(text.symbols))
 
-    def answer(sampler, prompts, generations, *_):
+    def answer(model, prompts, count, *_):
         rows = []
         for prompt in prompts:
             a, b = map(int, text.decode(prompt)[:-1].split("+"))
@@ -301,15 +325,14 @@ def test_pairs_are_labelled_by_chance_as_the_reward_says():
                 *[[1, 1, 1, 0]] * 14,
                 [2, 2, 2, 0],
             ]
-        length = torch.full((len(rows),), 4)
-        return torch.tensor(rows), length, length > 0, torch.zeros(len(rows), 4)
+        return rows
 
     def gains(pair):
         a, b = map(int, text.decode(pair.prompt)[:-1].split("+"))
         example = {"answer": f"{a + b:03}"[::-1]}
         return [dpo.worth(text.decode(answer), example) for answer in (pair.chosen, pair.rejected)]
 
-    with mock.patch.object(dpo, "sample", answer):
+    with mock.patch.object(dpo, "draw", answer):
         pairs = [dpo.Pair(*p) for p in dpo.make_pairs(model, text, random.Random(0), 3000, False)]
     assert all(p.chosen != p.rejected for p in pairs)
     once = {(*p.prompt, *map(tuple, sorted([p.chosen, p.rejected]))) for p in pairs}
@@ -529,9 +552,7 @@ reference = dpo.score_all(dpo.ready(t.model_of(seed=1), args), pairs, 25, t.CPU)
 optimizer = torch.optim.SGD(model.parameters(), 0.5, 0.9)
 for numbers in ([0, 3, 5], [1, 2, 4, 6, 7, 8], [8]):
     results = dpo.step(model, optimizer, pairs, numbers, reference, t.lengths(pairs), args)
-sampler = dpo.make_sampler(model, t.CPU, args)
-dpo.refresh(sampler, model)
-torch.save((sampler.state_dict(), reference, *results), {path!r} + os.environ["RANK"])
+torch.save((dict(dpo.merged(model)), reference, *results), {path!r} + os.environ["RANK"])
 dpo.leave()
 os._exit(0)
 """

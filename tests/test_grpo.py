@@ -374,7 +374,7 @@ def test_one_update_is_reinforce_with_the_groups_mean():
     )
     loss.backward()
     torch.testing.assert_close(
-        grad, torch.cat([p.grad.flatten() for p in model.parameters()]), atol=1e-6, rtol=1e-4
+        grad, torch.cat([p.grad.flatten() for p in model.parameters()]), atol=5e-6, rtol=1e-4
     )
     assert grad.norm() > 0.01
 
@@ -393,7 +393,7 @@ def test_the_kl_term_is_added_to_the_loss():
         loss = loss + 0.3 * grpo.kl_estimate(logprob, logprob.detach(), ref).sum() / 7
     loss.backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
-    torch.testing.assert_close(grad, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(grad, expected, atol=5e-6, rtol=1e-4)
     assert means["loss"].item() == pytest.approx(loss.item(), rel=1e-4)
 
 
@@ -712,7 +712,7 @@ def call(capsys, *args):
         (["--num-generations", 1], ["--num-generations 1"]),
         (["--temperature", 0], ["--temperature"]),
         (["--model", "/nowhere/at/all"], ["--model"]),
-        (["--data", "/nowhere.jsonl"], ["--data"]),
+        (["--data", "/nowhere.jsonl"], ["--data", "--model"]),
         (["--resume", "/nowhere"], ["--resume"]),
         (["--learning-rate", "nan"], ["--learning-rate"]),
         (["--device", "cuda"], ["--device cuda"]),

@@ -149,9 +149,13 @@ def test_the_learning_rate_flag_holds_after_a_resume(name, tmp_path):
 def test_lines_after_the_checkpoint_are_dropped(script, tmp_path):
     path, args = tmp_path / "metrics.csv", script.Args()
     path.write_text("step,seconds,score\n100,1,2\n200,2,3\n300,3,4\n2")
-    script.open_metrics(tmp_path, args, 200).close()
-    assert path.read_text() == "step,seconds,score\n100,1,2\n200,2,3\n"
-    script.open_metrics(tmp_path, args, 0).close()
+    metrics, _ = script.open_run(tmp_path, args, len("step,seconds,score\n100,1,2\n200,2,3\n"))
+    metrics.write("301,4,5\n")
+    metrics.close()
+    assert path.read_text() == "step,seconds,score\n100,1,2\n200,2,3\n301,4,5\n"
+    script.open_run(tmp_path, args, 10**6)[0].close()
+    assert path.read_text() == "step,seconds,score\n100,1,2\n200,2,3\n301,4,5\n"
+    script.open_run(tmp_path, args, 0)[0].close()
     assert path.read_text() == ""
 
 
