@@ -79,7 +79,7 @@ class Args:
     tokens_per_micro_batch: int | None = None  # limits memory; None: 8192, with --model 1024 [C5]
     gradient_checkpointing: bool = False  # less memory: compute activations again going backward
     lora_rank: int = 0  # train adapters of this rank instead of the weights
-    bf16: bool | None = None  # bfloat16 compute on float32 weights; default: with --model
+    bf16: bool | None = None  # bfloat16 compute on float32 weights; None: with --model, where fast
     compile: bool = False  # torch.compile the model
     stop_at: float | None = None  # end when the held-out reward accuracy reaches this
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one
@@ -285,7 +285,7 @@ def settle_pairs(args):
     device, rank, _ = join(args)
     big = bool(args.model)
     values = {"num_pairs": 16 if big else 256, "learning_rate": 1e-6 if big else 5e-4,
-              "beta": 0.1 if big else 0.5, "bf16": big,
+              "beta": 0.1 if big else 0.5, "bf16": big and multiplies_bf16(device),
               "tokens_per_micro_batch": 1024 if big else 8192}
     args = settle_values(args, values, rank)
     if args.beta == 0 or args.label_smoothing >= 0.5:
@@ -481,6 +481,11 @@ def join(args):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     torch.manual_seed(args.seed)
     return device, rank, world_size
+
+
+def multiplies_bf16(device):
+    """Whether bfloat16 is the faster: a CPU without AVX512 only imitates it, slowly."""
+    return device.type != "cpu" or "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def settle_values(args, values, rank):
@@ -684,8 +689,10 @@ class Decoder(nn.Module):
             states = self.states(tokens, position, mask).flatten(0, 1)[source]    # (K, D)
             if target is None:
                 return next_logprob(states, self.lm_head.weight, temperature)
+            *rest, last = zip(states.split(1024), target.split(1024))
             parts = [checkpoint(self.score, *part, temperature, use_reentrant=False)
-                     for part in zip(states.split(512), target.split(512))]
+                     for part in rest]
+            parts.append(self.score(*last, temperature))  # going backward it is the first: keep it
         logprob, entropy = zip(*parts)
         return torch.cat(logprob), torch.cat(entropy)
 

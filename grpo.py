@@ -86,7 +86,7 @@ class Args:
     tokens_per_micro_batch: int = 8192  # a limit to memory; changes no gradient [C5]
     gradient_checkpointing: bool = False  # less memory: compute activations again going backward
     lora_rank: int = 0  # train adapters of this rank instead of the weights
-    bf16: bool | None = None  # bfloat16 compute on float32 weights; default: with --model
+    bf16: bool | None = None  # bfloat16 compute on float32 weights; None: with --model, where fast
     compile: bool = False  # torch.compile the model; on a GPU decode with CUDA graphs
     stop_at: float | None = None  # end when the held-out accuracy reaches this
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one
@@ -523,8 +523,10 @@ class Decoder(nn.Module):
             states = self.states(tokens, position, mask).flatten(0, 1)[source]    # (K, D)
             if target is None:
                 return next_logprob(states, self.lm_head.weight, temperature)
+            *rest, last = zip(states.split(1024), target.split(1024))
             parts = [checkpoint(self.score, *part, temperature, use_reentrant=False)
-                     for part in zip(states.split(512), target.split(512))]
+                     for part in rest]
+            parts.append(self.score(*last, temperature))  # going backward it is the first: keep it
         logprob, entropy = zip(*parts)
         return torch.cat(logprob), torch.cat(entropy)
 
@@ -619,7 +621,7 @@ def settle_flags(args):
         **dict(zip(PRESET_FLAGS, PRESETS[args.preset])),
         "max_completion_length": length,
         "learning_rate": 2e-6 if args.model else 3e-4,
-        "bf16": bool(args.model),
+        "bf16": bool(args.model) and multiplies_bf16(device),
     }
     args = settle_values(args, values, rank)
     if args.num_prompts % world_size:
@@ -645,6 +647,11 @@ def join(args):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     torch.manual_seed(args.seed)
     return device, rank, world_size
+
+
+def multiplies_bf16(device):
+    """Whether bfloat16 is the faster: a CPU without AVX512 only imitates it, slowly."""
+    return device.type != "cpu" or "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def settle_values(args, values, rank):
