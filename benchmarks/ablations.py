@@ -2,6 +2,7 @@
 
     python benchmarks/ablations.py                   run all and write the files
     python benchmarks/ablations.py --only sums       run one part (control, sums, lines)
+    python benchmarks/ablations.py --only lines --scripts ppo dpo      the lines of these scripts
     python benchmarks/ablations.py --report          print the tables from the files, run nothing
 
 ablations.csv   parts control and sums: a row for each run of a script with one choice changed, by
@@ -211,6 +212,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--report", action="store_true", help="only print the tables")
     parser.add_argument("--only", nargs="+", choices=PARTS)
+    parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS)
     args = parser.parse_args()
     if not args.report:
         parts, path = args.only or PARTS, HERE / "ablations.json"
@@ -227,7 +229,9 @@ def main():
                 rows = itertools.chain(kept, pool.map(choice_row, jobs))
                 cartpole.write_rows(HERE / "ablations.csv", COLUMNS, rows)
             if "lines" in parts:
-                cartpole.write_rows(HERE / "lines.csv", LINE_COLUMNS, line_rows(pool, SCRIPTS))
+                kept = [row for row in read("lines.csv") if row["script"] not in args.scripts]
+                rows = itertools.chain(kept, line_rows(pool, args.scripts))
+                cartpole.write_rows(HERE / "lines.csv", LINE_COLUMNS, rows)
     for page in dict.fromkeys(choice[0] for choice in CHOICES):
         print(f"\n{page}\n{table(page)}")
 
