@@ -127,52 +127,6 @@ class Pair(NamedTuple):
     rejected: list
 
 
-class Packs(NamedTuple):
-    """N packs as tensors: each a prompt, then completions of it that do not see each other."""
-
-    tokens: torch.Tensor  # (N, L), 0 after the end
-    position: torch.Tensor  # (N, L): each completion's go on from its prompt's
-    segment: torch.Tensor  # (N, L): 0 prompt, 1, 2, ... its completions, -1 after the end
-    source: torch.Tensor  # (K,): where in N L, flattened, the state stands that foretells a target
-    target: torch.Tensor  # (K,): the completions' tokens, one completion after the other
-
-
-def fill_batches(packs, budget):
-    """Micro-batches of packs, each of at most `budget` tokens or of one pack."""
-    parts, widest = [], 0
-    for pack in sorted(packs, key=pack_size, reverse=True):  # of like sizes: little padding
-        if not parts or (len(parts[-1]) + 1) * widest > budget:
-            parts.append([])
-            widest = pack_size(pack)
-        parts[-1].append(pack)
-    return parts
-
-
-def pack_size(pack):
-    """Its tokens, less the last of each completion, which foretells nothing."""
-    return len(pack[0]) + sum(len(tokens) - 1 for _, tokens in pack[1])
-
-
-def collate(packs, device):
-    """(Packs, rows): packs as tensors, and the completions' rows in the order of the targets."""
-    width, columns, source, target = max(map(pack_size, packs)), [], [], []
-    for prompt, completions in packs:
-        start = len(columns) * width
-        tokens, position, segment = [*prompt], [*range(len(prompt))], [0] * len(prompt)
-        for number, (_, completion) in enumerate(completions, 1):
-            first, count = start + len(tokens), len(completion) - 1
-            source += [start + len(prompt) - 1, *range(first, first + count)]
-            target += completion
-            tokens += completion[:-1]
-            position += range(len(prompt), len(prompt) + count)
-            segment += [number] * count
-        rest = width - len(tokens)
-        columns.append((tokens + [0] * rest, position + [0] * rest, segment + [-1] * rest))
-    tensors = [torch.tensor(x, device=device) for x in (*zip(*columns), source, target)]
-    rows = [row for _, completions in packs for row, _ in completions]
-    return Packs(*tensors), torch.tensor(rows, device=device)
-
-
 def next_logprob(states, weight, temperature):
     """log π (..., V), float32, of the token after states (..., D), in sampler and trainer."""
     return F.linear((states / temperature).to(weight.dtype), weight).float().log_softmax(-1)
@@ -194,8 +148,8 @@ def score(model, part, device):
     """(numbers (M,) of a micro-batch's pairs, log π (M, 2) of their answers)."""
     packs, rows = collate(part, device)
     logprob, _ = model(*packs, 1.0)                                               # (K,) [C6]
-    lengths = [len(answer) for _, answers in part for _, answer in answers]
-    sums = torch.stack([tokens.sum() for tokens in logprob.split(lengths)])
+    lengths = torch.tensor([len(answer) for _, answers in part for _, answer in answers])
+    sums = torch.segment_reduce(logprob, "sum", lengths=lengths.to(device))       # (2 M,)
     return rows[::2].div(2, rounding_mode="floor"), sums.view(-1, 2)
 
 
@@ -563,6 +517,52 @@ def merged(model):
 def whole(tensor):
     """A sharded tensor's whole value, any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
+class Packs(NamedTuple):
+    """N packs as tensors: each a prompt, then completions of it that do not see each other."""
+
+    tokens: torch.Tensor  # (N, L), 0 after the end
+    position: torch.Tensor  # (N, L): each completion's go on from its prompt's
+    segment: torch.Tensor  # (N, L): 0 prompt, 1, 2, ... its completions, -1 after the end
+    source: torch.Tensor  # (K,): where in N L, flattened, the state stands that foretells a target
+    target: torch.Tensor  # (K,): the completions' tokens, one completion after the other
+
+
+def fill_batches(packs, budget):
+    """Micro-batches of packs, each of at most `budget` tokens or of one pack."""
+    parts, widest = [], 0
+    for pack in sorted(packs, key=pack_size, reverse=True):  # of like sizes: little padding
+        if not parts or (len(parts[-1]) + 1) * widest > budget:
+            parts.append([])
+            widest = pack_size(pack)
+        parts[-1].append(pack)
+    return parts
+
+
+def pack_size(pack):
+    """Its tokens, less the last of each completion, which foretells nothing."""
+    return len(pack[0]) + sum(len(tokens) - 1 for _, tokens in pack[1])
+
+
+def collate(packs, device):
+    """(Packs, rows): packs as tensors, and the completions' rows in the order of the targets."""
+    width, columns, source, target = max(map(pack_size, packs)), [], [], []
+    for prompt, completions in packs:
+        start = len(columns) * width
+        tokens, position, segment = [*prompt], [*range(len(prompt))], [0] * len(prompt)
+        for number, (_, completion) in enumerate(completions, 1):
+            first, count = start + len(tokens), len(completion) - 1
+            source += [start + len(prompt) - 1, *range(first, first + count)]
+            target += completion
+            tokens += completion[:-1]
+            position += range(len(prompt), len(prompt) + count)
+            segment += [number] * count
+        rest = width - len(tokens)
+        columns.append((tokens + [0] * rest, position + [0] * rest, segment + [-1] * rest))
+    tensors = [torch.tensor(x, device=device) for x in (*zip(*columns), source, target)]
+    rows = [row for _, completions in packs for row, _ in completions]
+    return Packs(*tensors), torch.tensor(rows, device=device)
 
 
 class Linear(nn.Linear):

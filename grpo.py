@@ -217,75 +217,6 @@ def sample(model, prompts, num_generations, max_length, temperature, stop_ids, s
     return tokens, torch.where(ended, stops + 1, max_length), ended, logprobs
 
 
-class Packs(NamedTuple):
-    """N packs as tensors: each a prompt, then completions of it that do not see each other."""
-
-    tokens: torch.Tensor  # (N, L), 0 after the end
-    position: torch.Tensor  # (N, L): each completion's go on from its prompt's
-    segment: torch.Tensor  # (N, L): 0 prompt, 1, 2, ... its completions, -1 after the end
-    source: torch.Tensor  # (K,): where in N L, flattened, the state stands that foretells a target
-    target: torch.Tensor  # (K,): the completions' tokens, one completion after the other
-
-
-def plan(prompts, completions, budget):
-    """Micro-batches of at most `budget` tokens, or of one completion where that is longer.
-
-    prompts: lists of token ids. completions: (number of the prompt, row, token ids), a prompt's
-    next to each other. A micro-batch is a list of packs, a pack (prompt, [(row, token ids), ...]).
-    """
-    packs = []
-    for index, group in itertools.groupby(completions, lambda completion: completion[0]):
-        room = 0
-        for _, row, tokens in group:
-            if len(tokens) > room:  # a new pack computes the prompt once more
-                packs.append((prompts[index], []))
-                room = budget - len(prompts[index])
-            packs[-1][1].append((row, tokens))
-            room -= len(tokens)
-    return fill_batches(packs, budget)
-
-
-def fill_batches(packs, budget):
-    """Micro-batches of packs, each of at most `budget` tokens or of one pack."""
-    parts, widest = [], 0
-    for pack in sorted(packs, key=pack_size, reverse=True):  # of like sizes: little padding
-        if not parts or (len(parts[-1]) + 1) * widest > budget:
-            parts.append([])
-            widest = pack_size(pack)
-        parts[-1].append(pack)
-    return parts
-
-
-def pack_size(pack):
-    """Its tokens, less the last of each completion, which foretells nothing."""
-    return len(pack[0]) + sum(len(tokens) - 1 for _, tokens in pack[1])
-
-
-def collate(packs, device):
-    """(Packs, rows): packs as tensors, and the completions' rows in the order of the targets."""
-    width, columns, source, target = max(map(pack_size, packs)), [], [], []
-    for prompt, completions in packs:
-        start = len(columns) * width
-        tokens, position, segment = [*prompt], [*range(len(prompt))], [0] * len(prompt)
-        for number, (_, completion) in enumerate(completions, 1):
-            first, count = start + len(tokens), len(completion) - 1
-            source += [start + len(prompt) - 1, *range(first, first + count)]
-            target += completion
-            tokens += completion[:-1]
-            position += range(len(prompt), len(prompt) + count)
-            segment += [number] * count
-        rest = width - len(tokens)
-        columns.append((tokens + [0] * rest, position + [0] * rest, segment + [-1] * rest))
-    tensors = [torch.tensor(x, device=device) for x in (*zip(*columns), source, target)]
-    rows = [row for _, completions in packs for row, _ in completions]
-    return Packs(*tensors), torch.tensor(rows, device=device)
-
-
-def spread(values, mask):
-    """values (K,) at the True places of mask (R, C), row by row; elsewhere 0."""
-    return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
-
-
 class Answers(NamedTuple):
     """What an update learns from. The last of the rows is blank: some process may have no other."""
 
@@ -397,6 +328,75 @@ def train(args):
 
 
 # Below this line nothing is needed to understand the algorithm: decoder, task, evaluation, files.
+
+
+class Packs(NamedTuple):
+    """N packs as tensors: each a prompt, then completions of it that do not see each other."""
+
+    tokens: torch.Tensor  # (N, L), 0 after the end
+    position: torch.Tensor  # (N, L): each completion's go on from its prompt's
+    segment: torch.Tensor  # (N, L): 0 prompt, 1, 2, ... its completions, -1 after the end
+    source: torch.Tensor  # (K,): where in N L, flattened, the state stands that foretells a target
+    target: torch.Tensor  # (K,): the completions' tokens, one completion after the other
+
+
+def plan(prompts, completions, budget):
+    """Micro-batches of at most `budget` tokens, or of one completion where that is longer.
+
+    prompts: lists of token ids. completions: (number of the prompt, row, token ids), a prompt's
+    next to each other. A micro-batch is a list of packs, a pack (prompt, [(row, token ids), ...]).
+    """
+    packs = []
+    for index, group in itertools.groupby(completions, lambda completion: completion[0]):
+        room = 0
+        for _, row, tokens in group:
+            if len(tokens) > room:  # a new pack computes the prompt once more
+                packs.append((prompts[index], []))
+                room = budget - len(prompts[index])
+            packs[-1][1].append((row, tokens))
+            room -= len(tokens)
+    return fill_batches(packs, budget)
+
+
+def fill_batches(packs, budget):
+    """Micro-batches of packs, each of at most `budget` tokens or of one pack."""
+    parts, widest = [], 0
+    for pack in sorted(packs, key=pack_size, reverse=True):  # of like sizes: little padding
+        if not parts or (len(parts[-1]) + 1) * widest > budget:
+            parts.append([])
+            widest = pack_size(pack)
+        parts[-1].append(pack)
+    return parts
+
+
+def pack_size(pack):
+    """Its tokens, less the last of each completion, which foretells nothing."""
+    return len(pack[0]) + sum(len(tokens) - 1 for _, tokens in pack[1])
+
+
+def collate(packs, device):
+    """(Packs, rows): packs as tensors, and the completions' rows in the order of the targets."""
+    width, columns, source, target = max(map(pack_size, packs)), [], [], []
+    for prompt, completions in packs:
+        start = len(columns) * width
+        tokens, position, segment = [*prompt], [*range(len(prompt))], [0] * len(prompt)
+        for number, (_, completion) in enumerate(completions, 1):
+            first, count = start + len(tokens), len(completion) - 1
+            source += [start + len(prompt) - 1, *range(first, first + count)]
+            target += completion
+            tokens += completion[:-1]
+            position += range(len(prompt), len(prompt) + count)
+            segment += [number] * count
+        rest = width - len(tokens)
+        columns.append((tokens + [0] * rest, position + [0] * rest, segment + [-1] * rest))
+    tensors = [torch.tensor(x, device=device) for x in (*zip(*columns), source, target)]
+    rows = [row for _, completions in packs for row, _ in completions]
+    return Packs(*tensors), torch.tensor(rows, device=device)
+
+
+def spread(values, mask):
+    """values (K,) at the True places of mask (R, C), row by row; elsewhere 0."""
+    return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
 
 
 class Linear(nn.Linear):

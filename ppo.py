@@ -197,19 +197,6 @@ def mlp(sizes, gain):
     return nn.Sequential(*layers[:-1])
 
 
-def nature_cnn(channels, height, width):
-    """512 features (M, 512) of images (M, C, H, W): Mnih et al., Nature 518, 529 (2015)."""
-    convolutions = nn.Conv2d(channels, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3)
-    layers = [layer for convolution in convolutions for layer in (convolution, nn.ReLU())]
-    layers.append(nn.Flatten())
-    size = nn.Sequential(*layers)(torch.zeros(1, channels, height, width)).shape[1]
-    layers += [nn.Linear(size, 512), nn.ReLU()]
-    for layer in (*convolutions, layers[-2]):
-        nn.init.orthogonal_(layer.weight, 2**0.5)                                 # [C7]
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
-
-
 class Agent(nn.Module):
     """Policy π(a|s) and value V(s), of normalised vectors (..., O) or images (..., C, H, W).
 
@@ -470,6 +457,19 @@ def compiled(agent, function, device):
     sample = torch.compile(agent.sample, mode=mode)
     agent.sample = lambda obs: sample(obs).clone()  # a graph writes into the same place each time
     return torch.compile(function, mode=mode)
+
+
+def nature_cnn(channels, height, width):
+    """512 features (M, 512) of images (M, C, H, W): Mnih et al., Nature 518, 529 (2015)."""
+    convolutions = nn.Conv2d(channels, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3)
+    layers = [layer for convolution in convolutions for layer in (convolution, nn.ReLU())]
+    layers.append(nn.Flatten())
+    size = nn.Sequential(*layers)(torch.zeros(1, channels, height, width)).shape[1]
+    layers += [nn.Linear(size, 512), nn.ReLU()]
+    for layer in (*convolutions, layers[-2]):
+        nn.init.orthogonal_(layer.weight, 2**0.5)                                 # [C7]
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
 
 
 class VectorEnv:

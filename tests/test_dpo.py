@@ -472,6 +472,19 @@ def test_resumed_is_never_stopped(extra, tmp_path, capsys, monkeypatch):
     assert set(scored) == {16}, "only held-out pairs"
 
 
+def test_the_step_size_falls_linearly(tmp_path, capsys, monkeypatch):
+    rates, step = [], dpo.step
+
+    def spy(model, optimizer, *args):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(model, optimizer, *args)
+
+    monkeypatch.setattr(dpo, "step", spy)
+    flags = ["--max-steps", 4, "--learning-rate", 0.01, "--run-dir", tmp_path / "run"]
+    assert run(capsys, *SHORT, *flags)[0] == 0
+    assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+
+
 def test_a_run_on_a_file_of_pairs(tmp_path, capsys):
     """The tiny GPT learns which answers are better, and exports."""
     rng = random.Random(0)

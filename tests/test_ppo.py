@@ -184,6 +184,7 @@ def test_schedules_fall_linearly(anneal, monkeypatch):
     assert [means["learning_rate"] for *_, means in run.rows] == [0.1 * share for share in left]
     assert clips == [0.2 * share for share in left]
     assert run.parts["optimizer"].param_groups[0]["lr"] == 0.1 * left[-1]
+    assert run.parts["optimizer"].param_groups[0]["eps"] == 1e-5
 
 
 def test_sums_of_rewards_across_batches():
