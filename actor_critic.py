@@ -191,7 +191,7 @@ class Stream:
 
 def learn(model, stream, action, reward, next_obs, terminated, done, gamma, trace_lambda,
           exact_discount=True):
-    """Leave the update after one step of each environment in .grad; returns δ (N,), its length ().
+    """Leave the update after one step of each environment in .grad; returns δ (N,), its norm ().
 
     δ is that of the weights before the update. Where stream.valid is False the step only reset
     its environment and changes nothing. A trace is cleared after the last δ has been credited.
@@ -211,14 +211,16 @@ def learn(model, stream, action, reward, next_obs, terminated, done, gamma, trac
     return delta, update.norm()
 
 
-def episode_returns(reward, done, running):
-    """Returns of the episodes that end within reward (T, N), and the sums (N,) still running."""
-    finished = []
+def running_sums(reward, done, carried, gamma):
+    """What each episode has gathered up to each step, earlier rewards discounted, (T, N).
+
+    reward, done (T, N). carried (N,): zeros at first, then what the last call returned as second.
+    """
+    sums = []
     for t in range(len(reward)):
-        running = running + reward[t]
-        finished.append(running[done[t]])
-        running = running * ~done[t]
-    return torch.cat(finished), running
+        sums.append(reward[t] + gamma * carried)
+        carried = sums[-1] * ~done[t]  # also at a time limit: the next episode begins from nothing
+    return torch.stack(sums), carried
 
 
 @torch.no_grad()  # torch.func.grad, which makes all gradients here, takes no notice of it
@@ -230,7 +232,8 @@ def train(args):
     networks = {model.policy: args.learning_rate, model.value: args.value_learning_rate}
     optimizer = torch.optim.Adam([{"params": net.parameters()} for net in networks], fused=True)
     gamma = 1.0 if args.continuing else args.gamma
-    with Run(args, envs.threshold, model=model, optimizer=optimizer) as run:
+    threshold = None if args.continuing else envs.threshold  # which is of returns
+    with Run(args, threshold, model=model, optimizer=optimizer) as run:
         obs = envs.reset([args.seed, run.iteration])
         stream = Stream(obs, sum(param.numel() for param in model.parameters()))
         running = torch.zeros(args.num_envs, device=device)
@@ -253,12 +256,14 @@ def train(args):
                     model.average_reward += args.average_reward_rate * delta.mean()  # (10.10)
                 steps.append((reward, done, valid, delta, norm))
             reward, done, valid, delta, norm = (torch.stack(column) for column in zip(*steps))
-            returns, running = episode_returns(reward, done, running)
-            if args.continuing:
-                returns = reward[valid].mean().unsqueeze(0)
-            run.log(reward.numel(), returns, td_error=delta.square().sum() / valid.sum(),
+            sums, running = running_sums(reward, done, running, gamma=1.0)        # (T, N)
+            count, returns = valid.sum().clamp(min=1), sums[done]
+            if args.continuing:  # the score is the mean reward of a step
+                returns = (reward * valid).sum().view(1) / count
+            run.log(reward.numel(), returns, squared_td_error=delta.square().sum() / count,
                     entropy=model.policy(obs, action)[1].mean(), grad_norm=norm.mean(),
                     average_reward=model.average_reward)
+        run.save()
         if args.eval_episodes > 0:
             evaluate(args, model.policy, device)
     return run.score
@@ -334,9 +339,11 @@ class Run:
         self.args, self.threshold, self.parts = args, threshold, parts
         self.writes = os.environ.get("RANK", "0") == "0"  # of several processes, only the first
         self.step, self.iteration, self.seconds = 0, 0, 0.0
-        self.window, self.passed, self.size = [], "", 0  # of metrics.csv
-        name = f"{Path(__file__).stem}-{args.env_id}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir = Path(args.resume or args.run_dir or "runs/" + re.sub(r"[^\w.-]+", "-", name))
+        self.window, self.passed = [], ""  # last returns; where the threshold was passed
+        self.size = 0  # of metrics.csv
+        name = f"{Path(__file__).stem}-{re.sub(r'[^A-Za-z0-9.]+', '-', args.env_id)}-{args.seed}"
+        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # two may begin in one second
+        self.dir = Path(args.resume or args.run_dir or f"runs/{name}-{now}")
         if args.resume:
             self.load()
         elif self.writes and (self.dir / "checkpoint.pt").exists():
@@ -353,12 +360,14 @@ class Run:
         """Mean return of the last 100 episodes, NaN before the first has ended."""
         return sum(self.window) / len(self.window) if self.window else math.nan
 
+    def reached(self, goal):
+        """Whether there is a goal, and the mean return of 100 episodes is that high."""
+        return goal is not None and len(self.window) == 100 and self.score >= goal
+
     @property
     def finished(self):
-        """Whether the steps are used up, or the last 100 episodes have reached --stop-at."""
-        goal, full = self.args.stop_at, len(self.window) == 100
-        reached = goal is not None and full and self.score >= goal
-        return reached or self.step >= self.args.total_timesteps
+        """Whether the steps are used up, or --stop-at has been reached."""
+        return self.step >= self.args.total_timesteps or self.reached(self.args.stop_at)
 
     def log(self, steps, returns, **means):
         """End an iteration: its environment steps, returns of episodes that ended, and means."""
@@ -371,11 +380,11 @@ class Run:
         for name in means:
             if not math.isfinite(row[name]):
                 raise FloatingPointError(name)
-        if self.size == 0:
+        if self.metrics.tell() == 0:
             self.metrics.write(",".join(row) + "\n")
         self.metrics.write(",".join(f"{value:.8g}" for value in row.values()) + "\n")
         self.size = self.metrics.tell()  # a resumed run goes on from there
-        if not self.passed and self.threshold is not None and self.score >= self.threshold:
+        if not self.passed and self.reached(self.threshold):
             self.passed = f"; {self.threshold:g} passed at {self.step:,}, {self.seconds:.1f} s"
         if self.iteration % self.args.checkpoint_every == 0:
             self.save()
@@ -398,7 +407,8 @@ class Run:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state["args"] = dataclasses.asdict(self.args)
         state["run"] = {name: getattr(self, name) for name in KEPT}
-        state["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        state["rng"] = [torch.get_rng_state(), *cuda]
         torch.save(state, self.dir / "checkpoint.tmp")
         (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
 
@@ -476,14 +486,14 @@ def parse(kind):
     folder = args.resume or getattr(args, "eval_only", "")
     if not folder:
         return args
-    with blamed(f"{folder}/checkpoint.pt: not of such a run"):
+    with blamed(f"{folder}: its checkpoint.pt is not of such a run"):
         saved = kind(**read_checkpoint(folder)["args"])
     return tyro.cli(kind, default=saved)
 
 
 def read_checkpoint(folder):
     """What save wrote there; weights_only, so that a stranger's file can run no code."""
-    with blamed(f"--resume {folder}: no checkpoint.pt of such a run there"):
+    with blamed(f"{folder}: no checkpoint.pt of such a run there"):
         return torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
 
 

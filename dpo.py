@@ -13,11 +13,11 @@ than y_l, teach R by classification. Rafailov et al. (2023), arXiv 2305.18290:
 
     L = −E log σ(β [log π/π_ref(y_w|x) − log π/π_ref(y_l|x)])                              (7)
 
-Its gradient raises log π(y_w) and lowers log π(y_l), by σ(R_l − R_w): as far as R is wrong.
+Its gradient pulls log π(y_w) up and log π(y_l) down, by β σ(R_l − R_w): as far as R is wrong.
 
 [C1] Other losses, by flags; papers differ from other libraries' names:
      (none)                           DPO    2305.18290
-     label-smoothing .1               cDPO   labels wrong that often (TRL's sigmoid ignores it)
+     label-smoothing .1               cDPO   labels wrong that often (TRL 1.16's sigmoid ignores it)
      length-normalize                 log π of an answer is the mean over its tokens, 2411.15124
      loss-type ipo                    IPO    2310.12036, summed as its authors' code has it; TRL's
                                              ipo is this with length-normalize
@@ -43,6 +43,7 @@ import random
 import shutil
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -245,6 +246,8 @@ def settle_pairs(args):
     if args.beta == 0 or args.label_smoothing >= 0.5:
         fail(f"--beta {args.beta}, --label-smoothing {args.label_smoothing}: must be above 0, and "
              "below 0.5")
+    if args.loss_type == "ipo" and (args.label_smoothing or args.gamma_margin):
+        fail("--loss-type ipo: has no --label-smoothing and no --gamma-margin")
     if args.model and not args.data:
         fail("--model needs --data FILE.jsonl: rows of `prompt`, `chosen`, `rejected`")
     return args, device
@@ -260,7 +263,11 @@ def share(numbers):
 def load_pairs(journal, model, text, args):
     """(pairs to learn from, held-out pairs), of --data or made by the tiny GPT and kept."""
     if args.data:
-        return read_pairs(args, text, model.config["max_position_embeddings"])
+        both = read_pairs(args, text, model.config["max_position_embeddings"])
+        check = zlib.crc32(repr(both).encode())
+        if journal.before.setdefault("check", check) != check:
+            fail(f"--resume {args.resume}: --data {args.data} or --eval-pairs gives other pairs")
+        return both
     if "pairs" not in journal.before:
         rng = random.Random(f"pairs {args.seed}")
         journal.before["pairs"] = make_pairs(model, text, rng, args.train_pairs, held_out=False)
@@ -381,7 +388,8 @@ def read_pairs(args, text, context):
         try:
             if line.strip():
                 row = json.loads(line)
-                rows.append((lot(row), read_pair(row, text, context)))
+                pair = read_pair(row, text, context)
+                rows.append((lot(row), pair))
         except Exception as error:  # of json, of a stranger's chat template, of the tokenizer
             bad += 1
             if not args.skip_bad_rows:
@@ -700,7 +708,7 @@ class Decoder(nn.Module):
         """The same of states (K, D). In parts, and again going backward: (K, V) is the largest."""
         logprob = next_logprob(states, self.lm_head.weight, temperature)
         chosen = logprob.gather(-1, target[:, None])[:, 0]
-        with torch.no_grad():  # last: the second time ends before it
+        with torch.no_grad():  # last: the second computation stops before it
             return chosen, -(logprob.exp() * logprob).sum(-1)
 
     def states(self, tokens, position, mask, cache=None, columns=None):
@@ -864,6 +872,8 @@ class Tokenizer:
             found = read[name].get("eos_token_id")
             ids += found if isinstance(found, list) else [found]
         self.stop_ids = [i for i in dict.fromkeys(ids) if i is not None]  # the first ends a turn
+        if not self.stop_ids:
+            raise ValueError("neither config.json nor the tokenizer names an end-of-sequence token")
         template = read["tokenizer_config.json"].get("chat_template")
         if (folder / "chat_template.jinja").exists():
             template = (folder / "chat_template.jinja").read_text()
@@ -949,7 +959,8 @@ class Journal:
         self.writes = os.environ.get("RANK", "0") == "0"  # of several processes, only the first
         self.step, self.seconds, self.score, self.before, self.size = 0, 0.0, math.nan, {}, 0
         task = Path(args.data).stem or getattr(args, "task", "pairs")
-        name = f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # two may begin in one second
+        name = f"{Path(__file__).stem}-{task}-{args.seed}-{now}"
         self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
         if args.resume:
             self.load()
@@ -959,6 +970,8 @@ class Journal:
         shows = self.writes and sys.stderr.isatty()
         self.bar = tqdm(total=args.max_steps, initial=self.step, unit=" batches",
                         dynamic_ncols=True, disable=not shows)
+        if not args.resume:
+            self.save()  # so that there is something to go on with from the first moment
         self.clock = self.shown = time.perf_counter()
 
     @property
@@ -976,7 +989,7 @@ class Journal:
         for name in means:
             if not math.isfinite(row[name]):
                 raise FloatingPointError(name)
-        if self.size == 0:
+        if self.metrics.tell() == 0:
             self.metrics.write(",".join(row) + "\n")
         self.metrics.write(",".join(f"{value:.8g}" for value in row.values()) + "\n")
         self.size = self.metrics.tell()  # a resumed run goes on from there
@@ -1076,14 +1089,14 @@ def parse(kind):
     folder = args.resume or getattr(args, "eval_only", "")
     if not folder:
         return args
-    with blamed(f"{folder}/checkpoint.pt: not of such a run"):
+    with blamed(f"{folder}: its checkpoint.pt is not of such a run"):
         saved = kind(**read_checkpoint(folder)["args"])
     return tyro.cli(kind, default=saved)
 
 
 def read_checkpoint(folder):
     """What save wrote there; weights_only, so that a stranger's file can run no code."""
-    with blamed(f"--resume {folder}: no checkpoint.pt of such a run there"):
+    with blamed(f"{folder}: no checkpoint.pt of such a run there"):
         return torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
 
 

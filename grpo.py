@@ -22,9 +22,9 @@ with ρ_t = π(o_t|q, o_<t) / π_old(o_t|q, o_<t) and Â_i = (r_i − mean r) / 
        gspo     group          grpo     sequence  0.0003  0.0004  0     2507.18071
        cispo    group          cispo    token     0.2     4       0     2506.13585
        rloo     leave-one-out  dr_grpo  token     0.2     0.2     0     2402.14740
-[C2] With one update per batch ρ is 1: J reads 0 (the Â of a group sum to 0), its gradient does not.
+[C2] With one update per batch ρ is 1: J reads near 0 (a group's Â sum to 0), its gradient does not.
 [C3] The KL term is ρ k3: the gradient of k3 alone is, on average, that of the other KL(π_ref‖π).
-[C4] A group of equal rewards teaches nothing: it is dropped, from the denominators, too.
+[C4] A group of equal rewards, all Â 0, is dropped, from the denominators and the KL, too.
 [C5] Means are over the whole batch, however it is cut into micro-batches and processes.
 [C6] The token that ends a completion is one of it. --temperature divides the logits everywhere.
 
@@ -100,7 +100,7 @@ class Args:
 def group_advantage(reward, scale_rewards):
     """How much better each completion was than its group, (B, G), from rewards (B, G)."""
     advantage = reward - reward.mean(1, keepdim=True)
-    if scale_rewards == "leave-one-out":  # the mean of the other completions
+    if scale_rewards == "leave-one-out":  # so r minus the mean of the others
         return advantage * reward.shape[1] / (reward.shape[1] - 1)
     if scale_rewards == "none":
         return advantage
@@ -135,7 +135,7 @@ def kl_estimate(logprob, old_logprob, ref_logprob):
 
 
 def drift(logprob, old_logprob, ratio, epsilon, epsilon_high):
-    """Of each token: an estimate of KL(π_old‖π), (R, C), and whether its ratio is clipped."""
+    """Of each token: an estimate of KL(π_old‖π), (R, C), whether ρ is beyond 1−ε, 1+ε_high."""
     log_ratio = (logprob - old_logprob).detach()
     return log_ratio.exp() - 1 - log_ratio, (ratio < 1 - epsilon) | (ratio > 1 + epsilon_high)
 
@@ -154,18 +154,28 @@ def token_weight(mask, loss_type, num_rows, num_tokens, max_completion_length):
 
 def reward(completion, example):
     """What a completion (text) is worth: put your own here. example: a row of the data, a dict."""
-    answer, text = example["answer"], completion.strip()
-    if "target" in example:  # Countdown: an expression of the numbers, each used at most once
+    answer, text = example["answer"].strip(), completion.strip()
+    if {"numbers", "target"} <= example.keys():  # Countdown: of the numbers, each at most once
         value, used = calculate(text.split("\n")[-1])
         allowed = all(used.count(number) <= example["numbers"].count(number) for number in used)
         return float(value == example["target"] and allowed)
     numbers = re.findall(r"-?[0-9]+(?:[.][0-9]+)?", text[-200:].replace(",", ""))
-    return float(text == answer or numbers[-1:] == [answer])  # all of it, or its last number
+    return float(text == answer or numbers[-1:] == [answer.replace(",", "")])  # or its last number
 
 
 def next_logprob(states, weight, temperature):
     """log π (..., V), float32, of the token after states (..., D), in sampler and trainer."""
     return F.linear((states / temperature).to(weight.dtype), weight).float().log_softmax(-1)
+
+
+def choose(logprob, temperature, draw):
+    """Tokens (R, 1) from logprob (R, V), by random numbers; temperature 0: the likeliest."""
+    if not temperature:
+        return logprob.argmax(-1, keepdim=True)
+    exact = torch.float if draw.device.type == "mps" else torch.double  # which mps does not have
+    point = torch.rand(len(logprob), 1, generator=draw, device=draw.device, dtype=exact)
+    token = torch.searchsorted(logprob.to(exact).exp().cumsum(-1), point, right=True)
+    return token.clamp(max=logprob.shape[1] - 1)  # the first where the sum exceeds the number
 
 
 @torch.no_grad()
@@ -193,12 +203,7 @@ def sample(model, prompts, num_generations, max_length, temperature, stop_ids, s
     logprobs, ended = torch.zeros_like(tokens, dtype=torch.float), torch.zeros_like(row).bool()
     for t in range(max_length):
         logprob = next_logprob(states, model.lm_head.weight, temperature or 1.0)  # (rows left, V)
-        if temperature:  # the first at which the sum of probabilities exceeds a random number
-            point = torch.rand(len(row), 1, generator=draw, device=device, dtype=torch.double)
-            token = torch.searchsorted(logprob.double().exp().cumsum(-1), point, right=True)
-            token = token.clamp(max=logprob.shape[1] - 1)
-        else:
-            token = logprob.argmax(-1, keepdim=True)
+        token = choose(logprob, temperature, draw)                                # (rows left, 1)
         tokens[row, t], logprobs[row, t] = token[:, 0], logprob.gather(1, token)[:, 0]
         ended[row] |= torch.isin(token[:, 0], stop_ids)
         if t + 1 == max_length:
@@ -237,7 +242,7 @@ def ask(sampler, text, examples, seed, args):
         sampler, prompts, G, args.max_completion_length, args.temperature, text.stop_ids, seed)
     rows = [row[:n] for row, n in zip(tokens.tolist(), length.tolist())]          # R
     worth = [reward(text.decode(row), examples[i // G]) for i, row in enumerate(rows)]
-    rewards = torch.tensor(worth, device=sampled.device).view(-1, G)              # (B, G)
+    rewards = torch.tensor(worth, dtype=torch.float, device=sampled.device).view(-1, G)  # (B, G)
     equal = (rewards == rewards[:, :1]).all(1).repeat_interleave(G)               # (R,) [C4]
     used = ~equal & (ended | (not args.mask_truncated_completions))
     mask = used[:, None] & (torch.arange(tokens.shape[1], device=used.device) < length[:, None])
@@ -266,7 +271,7 @@ def improve(model, reference, optimizer, batch, args):
             used = mask[rows]                                                     # (rows, C)
             logprob, entropy = (spread(x, used) for x in model(*packs, args.temperature))
             if iteration == 0:
-                old[rows] = logprob.detach()
+                old[rows] = logprob.detach()  # π_old; the sampler's own differ by rounding, see gap
             if iteration == 0 and reference:
                 ref[rows] = spread(score_frozen(reference, packs, args.temperature), used)
             ratio = importance_ratio(logprob, old[rows], used, args.importance_sampling_level)
@@ -294,9 +299,9 @@ def train(args):
     draw, heldout = load_examples(args, text, model.config["max_position_embeddings"])
     if not args.model and not args.resume:
         imitate(model, text, draw, args)
-    reference = model if args.beta and args.lora_rank else None
-    if args.beta and not args.lora_rank:
-        reference = ready(copy.deepcopy(model), args)
+    reference = None
+    if args.beta:  # with LoRA the model itself, which can turn its adapters off
+        reference = model if args.lora_rank else ready(copy.deepcopy(model), args)
     weights = [param for param in ready(model, args).parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(weights, args.learning_rate, weight_decay=0.0, fused=True)
     sampler = make_sampler(model, device, args)
@@ -534,7 +539,7 @@ class Decoder(nn.Module):
         """The same of states (K, D). In parts, and again going backward: (K, V) is the largest."""
         logprob = next_logprob(states, self.lm_head.weight, temperature)
         chosen = logprob.gather(-1, target[:, None])[:, 0]
-        with torch.no_grad():  # last: the second time ends before it
+        with torch.no_grad():  # last: the second computation stops before it
             return chosen, -(logprob.exp() * logprob).sum(-1)
 
     def states(self, tokens, position, mask, cache=None, columns=None):
@@ -614,6 +619,9 @@ def settle_flags(args):
     device, rank, world_size = join(args)
     if args.data and not args.model:
         fail(f"--data {args.data}: needs --model, as the tiny GPT knows only its own two tasks")
+    if args.lora_rank and args.beta and not args.model:
+        fail(f"--lora-rank {args.lora_rank} with --beta: needs --model, as the tiny GPT's adapters "
+             "have learned what the reference policy knows")
     if args.preset not in PRESETS:
         fail(f"--preset {args.preset}: must be one of {', '.join(PRESETS)}")
     length = 256 if args.data else 32 if args.model else 4 if args.task == "addition" else 12
@@ -767,11 +775,11 @@ def record(step, inputs):
 def score_frozen(reference, packs, temperature):
     """Log-probabilities under the reference: with LoRA, the model with its adapters off."""
     layers = [module for module in reference.modules() if isinstance(module, Linear)]
-    for adapted in (False, True):
-        for layer in layers:
-            layer.adapted = adapted
-        if not adapted:
-            logprob, _ = reference(*packs, temperature)
+    for layer in layers:
+        layer.adapted = False
+    logprob, _ = reference(*packs, temperature)
+    for layer in layers:
+        layer.adapted = True
     return logprob
 
 
@@ -925,6 +933,8 @@ class Tokenizer:
             found = read[name].get("eos_token_id")
             ids += found if isinstance(found, list) else [found]
         self.stop_ids = [i for i in dict.fromkeys(ids) if i is not None]  # the first ends a turn
+        if not self.stop_ids:
+            raise ValueError("neither config.json nor the tokenizer names an end-of-sequence token")
         template = read["tokenizer_config.json"].get("chat_template")
         if (folder / "chat_template.jinja").exists():
             template = (folder / "chat_template.jinja").read_text()
@@ -1117,7 +1127,7 @@ def answers(sampler, text, examples, temperature, args):
         tokens, length, *_ = sample(sampler, prompts, 1, args.max_completion_length, temperature,
                                     text.stop_ids, args.seed)
         texts += [text.decode(row[:n]) for row, n in zip(tokens.tolist(), length.tolist())]
-    rewards = torch.tensor([reward(*pair) for pair in zip(texts, mine)])
+    rewards = torch.tensor([reward(*pair) for pair in zip(texts, mine)], dtype=torch.float)
     return gather(rewards).mean().item(), texts
 
 
@@ -1135,7 +1145,8 @@ def verdict(before, after, examples):
     print(f"{len(examples)} held-out prompts: accuracy of another's answer {chance:.3f}; before: "
           f"greedy {before['greedy']:.3f}, sampled {before['sampled']:.3f}; after: greedy "
           f"{after['greedy']:.3f}, sampled {after['sampled']:.3f}")
-    for example, old, new in zip(examples, before["texts"], after["texts"]):
+    mine = examples[::int(os.environ.get("WORLD_SIZE", 1))]
+    for example, old, new in zip(mine, before["texts"], after["texts"]):
         asked = example["prompt"]
         asked = asked if isinstance(asked, str) else asked[-1]["content"]
         print(f"  {asked!r}: before {old!r}, after {new!r}, right {example['answer']!r}")
@@ -1149,7 +1160,8 @@ class Journal:
         self.writes = os.environ.get("RANK", "0") == "0"  # of several processes, only the first
         self.step, self.seconds, self.score, self.before, self.size = 0, 0.0, math.nan, {}, 0
         task = Path(args.data).stem or getattr(args, "task", "pairs")
-        name = f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # two may begin in one second
+        name = f"{Path(__file__).stem}-{task}-{args.seed}-{now}"
         self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
         if args.resume:
             self.load()
@@ -1159,6 +1171,8 @@ class Journal:
         shows = self.writes and sys.stderr.isatty()
         self.bar = tqdm(total=args.max_steps, initial=self.step, unit=" batches",
                         dynamic_ncols=True, disable=not shows)
+        if not args.resume:
+            self.save()  # so that there is something to go on with from the first moment
         self.clock = self.shown = time.perf_counter()
 
     @property
@@ -1176,7 +1190,7 @@ class Journal:
         for name in means:
             if not math.isfinite(row[name]):
                 raise FloatingPointError(name)
-        if self.size == 0:
+        if self.metrics.tell() == 0:
             self.metrics.write(",".join(row) + "\n")
         self.metrics.write(",".join(f"{value:.8g}" for value in row.values()) + "\n")
         self.size = self.metrics.tell()  # a resumed run goes on from there
@@ -1276,14 +1290,14 @@ def parse(kind):
     folder = args.resume or getattr(args, "eval_only", "")
     if not folder:
         return args
-    with blamed(f"{folder}/checkpoint.pt: not of such a run"):
+    with blamed(f"{folder}: its checkpoint.pt is not of such a run"):
         saved = kind(**read_checkpoint(folder)["args"])
     return tyro.cli(kind, default=saved)
 
 
 def read_checkpoint(folder):
     """What save wrote there; weights_only, so that a stranger's file can run no code."""
-    with blamed(f"--resume {folder}: no checkpoint.pt of such a run there"):
+    with blamed(f"{folder}: no checkpoint.pt of such a run there"):
         return torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
 
 

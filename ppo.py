@@ -15,7 +15,7 @@ more. Numbers of Schulman et al., Proximal Policy Optimization Algorithms (2017)
     L_clip(θ) = mean of min(r Â, clip(r, 1−ε, 1+ε) Â)                    (7)
     L(θ) = L_clip − c_1 (V(s) − V_target)² + c_2 entropy of π            (9)
     Â_t = δ_t + γλ δ_{t+1} + (γλ)² δ_{t+2} + ...                         (11)
-    δ_t = r_t + γ V(s_{t+1}) − V(s_t)                                    (12)
+    δ_t = reward_t + γ V(s_{t+1}) − V(s_t)                               (12)
 
 [C1] V of a terminal state is 0, at a time limit that of the true last observation; both end (11).
 [C2] A step that only resets its environment is no transition: its row is dropped from everything.
@@ -166,7 +166,7 @@ def normalize(advantage):
 
 
 class Normalizer(nn.Module):
-    """Mean and variance of all rows it was given; batches are merged as in Chan et al. (1979)."""
+    """Mean and variance of all rows; batches' variances are merged as in Chan et al. (1979)."""
 
     def __init__(self, shape):
         super().__init__()
@@ -359,10 +359,11 @@ def train(args):
                 agent.normalizer.update(obs[:-1][valid])
             run.log(args.num_envs * args.num_steps, gather(returns[over]),
                     explained_variance=1 - unexplained, learning_rate=rate, **means)
-        if args.eval_episodes > 0 or args.video:
-            evaluate_agent(args, agent, device, run.dir)
+        run.save()
+        evaluate_agent(args, agent, device, run.dir)
     leave()
     return run.score
+
 
 # Below this line nothing is needed to understand the algorithm: environments, evaluation, files.
 
@@ -413,7 +414,7 @@ def settle(args):
              f"and 6 rows for each of --num-minibatches {args.num_minibatches}")
     if args.total_timesteps < rows and not args.eval_only:
         fail(f"--total-timesteps {args.total_timesteps}: less than one batch, {rows} steps")
-    if rank == 0:
+    if rank == 0 and preset:
         chosen = [f"{flag.replace('_', '-')} {value}" for flag, value in preset.items()]
         print(f"{world_size} process(es) with {torch.get_num_threads()} thread(s) on {device}; "
               f"preset for {('choices', 'Box actions', 'images')[kind]}:", ", ".join(chosen))
@@ -543,8 +544,8 @@ class VectorEnv:
         """Observations as the agent takes them, on its device."""
         if self.channels_last:
             obs = obs.movedim(-1, -3) if torch.is_tensor(obs) else np.moveaxis(obs, -1, -3)
-        obs = self.tensor("observation", obs).to(self.device).reshape(-1, *self.obs_shape)
-        return obs if len(self.obs_shape) == 3 else obs.float()
+        obs = self.tensor("observation", obs).reshape(-1, *self.obs_shape)
+        return (obs if len(self.obs_shape) == 3 else obs.float()).to(self.device)
 
     def tensor(self, name, array):
         tensor = torch.as_tensor(array).clone()  # environments may write to theirs again
@@ -557,7 +558,7 @@ def make_envs(args, num_envs, video=None):
     """The gymnasium vector environment; video: the folder into which to film its first episode."""
     kwargs, mode = {}, None if args.vectorization == "auto" else args.vectorization
     module, _, name = args.env_id.rpartition(":")
-    try:
+    with blamed(f"--env-id {args.env_id}"):
         if module or name.startswith("ALE/"):
             importlib.import_module(module or "ale_py")  # which registers its environments
         spec = gym.spec(name)
@@ -573,8 +574,6 @@ def make_envs(args, num_envs, video=None):
             kwargs |= {"vectorization_mode": mode or "sync",
                        "wrappers": [lambda env: wrapped(env, video)]}
         return gym.make_vec(spec, num_envs, **kwargs)
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {args.env_id}: {error}")
 
 
 def wrapped(env, video=None):
@@ -635,6 +634,8 @@ def play(args, agent, device, num_envs, video=None):
 
 def evaluate_agent(args, agent, device, folder):
     """Play --eval-episodes and print their returns' mean; film one more with --video."""
+    if os.environ.get("RANK", "0") != "0":  # of several processes, only the first
+        return
     if args.eval_episodes > 0:
         total = play(args, agent, device, args.eval_episodes)
         spread = f"± {total.std(correction=0):.1f} ({total.min():.1f} to {total.max():.1f})"
@@ -646,6 +647,8 @@ def evaluate_agent(args, agent, device, folder):
 
 def evaluate_saved(args, agent, device):
     """--eval-only: the same, with the weights of a finished or stopped run."""
+    if args.eval_episodes == 0 and not args.video:
+        fail("--eval-only: add --eval-episodes, or --video")
     with blamed(f"--eval-only {args.eval_only}: its checkpoint.pt is of another agent"):
         agent.load_state_dict(read_checkpoint(args.eval_only)["agent"])
     return evaluate_agent(args, agent, device, args.eval_only)
@@ -661,9 +664,11 @@ class Run:
         self.args, self.threshold, self.parts = args, threshold, parts
         self.writes = os.environ.get("RANK", "0") == "0"  # of several processes, only the first
         self.step, self.iteration, self.seconds = 0, 0, 0.0
-        self.window, self.passed, self.size = [], "", 0  # of metrics.csv
-        name = f"{Path(__file__).stem}-{args.env_id}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir = Path(args.resume or args.run_dir or "runs/" + re.sub(r"[^\w.-]+", "-", name))
+        self.window, self.passed = [], ""  # last returns; where the threshold was passed
+        self.size = 0  # of metrics.csv
+        name = f"{Path(__file__).stem}-{re.sub(r'[^A-Za-z0-9.]+', '-', args.env_id)}-{args.seed}"
+        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # two may begin in one second
+        self.dir = Path(args.resume or args.run_dir or f"runs/{name}-{now}")
         if args.resume:
             self.load()
         elif self.writes and (self.dir / "checkpoint.pt").exists():
@@ -680,12 +685,14 @@ class Run:
         """Mean return of the last 100 episodes, NaN before the first has ended."""
         return sum(self.window) / len(self.window) if self.window else math.nan
 
+    def reached(self, goal):
+        """Whether there is a goal, and the mean return of 100 episodes is that high."""
+        return goal is not None and len(self.window) == 100 and self.score >= goal
+
     @property
     def finished(self):
-        """Whether the steps are used up, or the last 100 episodes have reached --stop-at."""
-        goal, full = self.args.stop_at, len(self.window) == 100
-        reached = goal is not None and full and self.score >= goal
-        return reached or self.step >= self.args.total_timesteps
+        """Whether the steps are used up, or --stop-at has been reached."""
+        return self.step >= self.args.total_timesteps or self.reached(self.args.stop_at)
 
     def log(self, steps, returns, **means):
         """End an iteration: its environment steps, returns of episodes that ended, and means."""
@@ -698,11 +705,11 @@ class Run:
         for name in means:
             if not math.isfinite(row[name]):
                 raise FloatingPointError(name)
-        if self.size == 0:
+        if self.metrics.tell() == 0:
             self.metrics.write(",".join(row) + "\n")
         self.metrics.write(",".join(f"{value:.8g}" for value in row.values()) + "\n")
         self.size = self.metrics.tell()  # a resumed run goes on from there
-        if not self.passed and self.threshold is not None and self.score >= self.threshold:
+        if not self.passed and self.reached(self.threshold):
             self.passed = f"; {self.threshold:g} passed at {self.step:,}, {self.seconds:.1f} s"
         if self.iteration % self.args.checkpoint_every == 0:
             self.save()
@@ -725,7 +732,8 @@ class Run:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state["args"] = dataclasses.asdict(self.args)
         state["run"] = {name: getattr(self, name) for name in KEPT}
-        state["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        state["rng"] = [torch.get_rng_state(), *cuda]
         torch.save(state, self.dir / "checkpoint.tmp")
         (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
 
@@ -803,14 +811,14 @@ def parse(kind):
     folder = args.resume or getattr(args, "eval_only", "")
     if not folder:
         return args
-    with blamed(f"{folder}/checkpoint.pt: not of such a run"):
+    with blamed(f"{folder}: its checkpoint.pt is not of such a run"):
         saved = kind(**read_checkpoint(folder)["args"])
     return tyro.cli(kind, default=saved)
 
 
 def read_checkpoint(folder):
     """What save wrote there; weights_only, so that a stranger's file can run no code."""
-    with blamed(f"--resume {folder}: no checkpoint.pt of such a run there"):
+    with blamed(f"{folder}: no checkpoint.pt of such a run there"):
         return torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
 
 

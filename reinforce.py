@@ -13,7 +13,7 @@ Barto's, Reinforcement Learning, 2nd edition (2018), incompleteideas.net/book/th
 
     G_t = R_{t+1} + γ G_{t+1}                      (3.9)   the return from step t on
     ρ_t = π(A_t|S_t) / μ(A_t|S_t)                  (5.3)   one factor of the importance ratio
-    θ ← θ + α γ^t G_t ∇log π(A_t|S_t, θ)           (13.8)  summed over the steps t of an episode
+    θ ← θ + α γ^t G_t ∇log π(A_t|S_t, θ)           (13.8)  with γ^t [C1]; summed over the steps t
 
 What the book leaves open, or what is done otherwise here:
 [C1] γ^t stands in the book's box but not in its (13.8), which takes γ = 1. With γ^t the mean of it
@@ -188,6 +188,7 @@ def train(args):
             norm = nn.utils.get_total_norm([param.grad for param in policy.parameters()])
             run.log(mask.sum(), reward.sum(0), loss=loss, entropy=entropy[mask].mean(),
                     grad_norm=norm)
+        run.save()
         if args.eval_episodes > 0:
             evaluate(args, policy, device)
     return run.score
@@ -263,9 +264,11 @@ class Run:
         self.args, self.threshold, self.parts = args, threshold, parts
         self.writes = os.environ.get("RANK", "0") == "0"  # of several processes, only the first
         self.step, self.iteration, self.seconds = 0, 0, 0.0
-        self.window, self.passed, self.size = [], "", 0  # of metrics.csv
-        name = f"{Path(__file__).stem}-{args.env_id}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir = Path(args.resume or args.run_dir or "runs/" + re.sub(r"[^\w.-]+", "-", name))
+        self.window, self.passed = [], ""  # last returns; where the threshold was passed
+        self.size = 0  # of metrics.csv
+        name = f"{Path(__file__).stem}-{re.sub(r'[^A-Za-z0-9.]+', '-', args.env_id)}-{args.seed}"
+        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # two may begin in one second
+        self.dir = Path(args.resume or args.run_dir or f"runs/{name}-{now}")
         if args.resume:
             self.load()
         elif self.writes and (self.dir / "checkpoint.pt").exists():
@@ -282,12 +285,14 @@ class Run:
         """Mean return of the last 100 episodes, NaN before the first has ended."""
         return sum(self.window) / len(self.window) if self.window else math.nan
 
+    def reached(self, goal):
+        """Whether there is a goal, and the mean return of 100 episodes is that high."""
+        return goal is not None and len(self.window) == 100 and self.score >= goal
+
     @property
     def finished(self):
-        """Whether the steps are used up, or the last 100 episodes have reached --stop-at."""
-        goal, full = self.args.stop_at, len(self.window) == 100
-        reached = goal is not None and full and self.score >= goal
-        return reached or self.step >= self.args.total_timesteps
+        """Whether the steps are used up, or --stop-at has been reached."""
+        return self.step >= self.args.total_timesteps or self.reached(self.args.stop_at)
 
     def log(self, steps, returns, **means):
         """End an iteration: its environment steps, returns of episodes that ended, and means."""
@@ -300,11 +305,11 @@ class Run:
         for name in means:
             if not math.isfinite(row[name]):
                 raise FloatingPointError(name)
-        if self.size == 0:
+        if self.metrics.tell() == 0:
             self.metrics.write(",".join(row) + "\n")
         self.metrics.write(",".join(f"{value:.8g}" for value in row.values()) + "\n")
         self.size = self.metrics.tell()  # a resumed run goes on from there
-        if not self.passed and self.threshold is not None and self.score >= self.threshold:
+        if not self.passed and self.reached(self.threshold):
             self.passed = f"; {self.threshold:g} passed at {self.step:,}, {self.seconds:.1f} s"
         if self.iteration % self.args.checkpoint_every == 0:
             self.save()
@@ -327,7 +332,8 @@ class Run:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state["args"] = dataclasses.asdict(self.args)
         state["run"] = {name: getattr(self, name) for name in KEPT}
-        state["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        state["rng"] = [torch.get_rng_state(), *cuda]
         torch.save(state, self.dir / "checkpoint.tmp")
         (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
 
@@ -405,14 +411,14 @@ def parse(kind):
     folder = args.resume or getattr(args, "eval_only", "")
     if not folder:
         return args
-    with blamed(f"{folder}/checkpoint.pt: not of such a run"):
+    with blamed(f"{folder}: its checkpoint.pt is not of such a run"):
         saved = kind(**read_checkpoint(folder)["args"])
     return tyro.cli(kind, default=saved)
 
 
 def read_checkpoint(folder):
     """What save wrote there; weights_only, so that a stranger's file can run no code."""
-    with blamed(f"--resume {folder}: no checkpoint.pt of such a run there"):
+    with blamed(f"{folder}: no checkpoint.pt of such a run there"):
         return torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
 
 

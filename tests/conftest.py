@@ -52,6 +52,9 @@ class OneUpdate:
     def finished(self):
         return self.iteration >= self.updates
 
+    def save(self):
+        pass
+
     def log(self, steps, returns, **means):
         self.step, self.iteration = self.step + int(steps), self.iteration + 1
         self.rows.append((int(steps), returns, means))

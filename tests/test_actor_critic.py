@@ -380,5 +380,6 @@ def test_reset_only_steps_change_nothing(monkeypatch):
 def test_episode_returns_across_batches():
     reward = torch.tensor([[1.0, 1.0], [2.0, 1.0], [0.0, 1.0], [4.0, 1.0]])
     done = torch.tensor([[False, False], [True, False], [False, False], [False, True]])
-    finished, running = actor_critic.episode_returns(reward, done, torch.tensor([10.0, 0.0]))
+    sums, running = actor_critic.running_sums(reward, done, torch.tensor([10.0, 0.0]), 1.0)
+    finished = sums[done]
     assert finished.tolist() == [13.0, 4.0] and running.tolist() == [4.0, 0.0]

@@ -179,7 +179,7 @@ def test_epsilon_needs_discrete_actions(name, capsys):
 
 
 def test_missing_checkpoint(script, capsys, tmp_path):
-    one_line(*call(script, capsys, "--resume", tmp_path / "nothing"), "--resume", "nothing")
+    one_line(*call(script, capsys, "--resume", tmp_path / "nothing"), "nothing")
     one_line(*call(script, capsys, "--resume", tmp_path), "No such file")
     torch.save({"args": {"no_such_flag": 1}}, tmp_path / "checkpoint.pt")
     one_line(*call(script, capsys, "--resume", tmp_path), "no_such_flag")
@@ -363,3 +363,36 @@ def test_wandb_trouble_is_a_warning(capsys, tmp_path, monkeypatch):
     )
     assert code == 0 and err.count("the network is away") == 1
     assert "score" in out
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_a_failing_evaluation_costs_no_training(name, capsys, tmp_path, monkeypatch):
+    script = importlib.import_module(name)
+    steps, saved = SHORT[name], tmp_path / "run"
+
+    def broken(*args, **kwargs):
+        raise ValueError("no such wrapper")
+
+    monkeypatch.setattr(script, "evaluate_agent" if name == "ppo" else "evaluate", broken)
+    flags = ["--total-timesteps", steps, "--run-dir", saved, "--checkpoint-every", 1000]
+    with pytest.raises(ValueError):
+        call(script, capsys, *flags, "--eval-episodes", 2)
+    assert torch.load(saved / "checkpoint.pt", weights_only=True)["run"]["step"] >= steps
+
+
+def test_runs_begun_in_one_second_have_folders_of_their_own(script, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script.time, "strftime", lambda form: "20260101-000000")
+    for pid in (1, 2):
+        monkeypatch.setattr(script.os, "getpid", lambda pid=pid: pid)
+        assert call(script, capsys, "--total-timesteps", SHORT[script.__name__])[0] == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_metrics_that_are_lost_begin_with_a_header_again(script, capsys, tmp_path):
+    steps = SHORT[script.__name__]
+    assert call(script, capsys, "--total-timesteps", steps, "--run-dir", tmp_path)[0] == 0
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
+    (tmp_path / "metrics.csv").unlink()
+    assert call(script, capsys, "--resume", tmp_path, "--total-timesteps", 3 * steps)[0] == 0
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[0] == header

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -425,9 +426,10 @@ def run(capsys, *args):
     [
         (["--model", "/x"], ["--model", "--data"]),
         (["--label-smoothing", 0.6], ["--label-smoothing"]),
+        (["--loss-type", "ipo", "--gamma-margin", 1], ["--gamma-margin"]),
         (["--beta", 0], ["--beta"]),
         (["--data", "/nowhere.jsonl"], ["--data"]),
-        (["--resume", "/nowhere"], ["--resume"]),
+        (["--resume", "/nowhere"], ["/nowhere", "checkpoint.pt"]),
         (["--max-steps", 0], ["--max-steps"]),
     ],
 )
@@ -470,6 +472,21 @@ def test_resumed_is_never_stopped(extra, tmp_path, capsys, monkeypatch):
     assert run(capsys, "--resume", two)[0] == 0
     assert torch.equal(weights(one), weights(two))
     assert set(scored) == {16}, "only held-out pairs"
+
+
+def test_a_resumed_run_refuses_other_pairs(tmp_path, capsys):
+    """log π_ref is kept by the pairs' order: with others it would belong to none of them."""
+    rows = [{"prompt": f"{i}+1=", "chosen": str(i), "rejected": "00"} for i in range(1, 40)]
+    path = Path(data(tmp_path, *rows).data)
+    flags = ["--data", path, "--imitation-steps", 1, "--max-steps", 1]
+    assert run(capsys, *flags, "--run-dir", tmp_path / "run")[0] == 0
+    again = ["--resume", tmp_path / "run", "--max-steps", 2]
+    assert run(capsys, *again)[0] == 0
+    for change in (["--eval-pairs", 2], []):
+        if not change:
+            path.write_text(path.read_text().replace("39+1", "38+2"))
+        code, _, err, _ = run(capsys, *again, "--max-steps", 3, *change)
+        assert code == 2 and err.count("\n") == 1 and "other pairs" in err
 
 
 def test_the_step_size_falls_linearly(tmp_path, capsys, monkeypatch):
@@ -583,7 +600,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), 0.5, 0.9)
     for numbers in ([0, 3, 5], [1, 2, 4, 6, 7, 8], [8]):
         results = dpo.step(model, optimizer, pairs, numbers, reference, lengths(pairs), args)
-    for name, weight in model.state_dict().items():
+    for name, weight in model.named_parameters():
         assert torch.equal(ours[name], theirs[name])
         torch.testing.assert_close(ours[name], weight, atol=1e-5, rtol=1e-4)
     for fact, alone in zip(facts, results):

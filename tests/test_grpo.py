@@ -710,10 +710,11 @@ def call(capsys, *args):
     [
         (["--preset", "ppo"], ["--preset ppo", "dapo"]),
         (["--num-generations", 1], ["--num-generations 1"]),
+        (["--lora-rank", 2, "--beta", 0.1], ["--lora-rank 2", "--model"]),
         (["--temperature", 0], ["--temperature"]),
         (["--model", "/nowhere/at/all"], ["--model"]),
         (["--data", "/nowhere.jsonl"], ["--data", "--model"]),
-        (["--resume", "/nowhere"], ["--resume"]),
+        (["--resume", "/nowhere"], ["/nowhere", "checkpoint.pt"]),
         (["--learning-rate", "nan"], ["--learning-rate"]),
         (["--device", "cuda"], ["--device cuda"]),
     ],
@@ -746,7 +747,7 @@ def weights(folder):
     [
         [],
         ["--preset", "grpo", "--num-iterations", 2],
-        ["--lora-rank", 2, "--beta", 0.1],
+        ["--lora-rank", 2],
         ["--bf16", "True"],
     ],
 )
