@@ -1171,8 +1171,6 @@ class Journal:
         shows = self.writes and sys.stderr.isatty()
         self.bar = tqdm(total=args.max_steps, initial=self.step, unit=" batches",
                         dynamic_ncols=True, disable=not shows)
-        if not args.resume:
-            self.save()  # so that there is something to go on with from the first moment
         self.clock = self.shown = time.perf_counter()
 
     @property
@@ -1254,10 +1252,11 @@ class Journal:
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
+        last = self.dir if (self.dir / "checkpoint.pt").exists() else "none yet"
         if kind is FloatingPointError:
-            fail(f"step {self.step}: {error} is not finite; the last good checkpoint: {self.dir}")
+            fail(f"step {self.step}: {error} is not finite; the last good checkpoint: {last}")
         if kind is KeyboardInterrupt:
-            print(f"stopped; go on with --resume {self.dir}", file=sys.stderr)
+            print(f"stopped; the last checkpoint, for --resume: {last}", file=sys.stderr)
             raise SystemExit(130)
         if kind is None:
             self.save()
