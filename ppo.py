@@ -647,10 +647,10 @@ def evaluate_agent(args, agent, device, folder):
 
 def evaluate_saved(args, agent, device):
     """--eval-only: the same, with the weights of a finished or stopped run."""
-    if args.eval_episodes == 0 and not args.video:
-        fail("--eval-only: add --eval-episodes, or --video")
     with blamed(f"--eval-only {args.eval_only}: its checkpoint.pt is of another agent"):
         agent.load_state_dict(read_checkpoint(args.eval_only)["agent"])
+    if args.eval_episodes == 0 and not args.video:
+        fail("--eval-only: add --eval-episodes, or --video")
     return evaluate_agent(args, agent, device, args.eval_only)
 
 

@@ -37,6 +37,7 @@ class OneUpdate:
 
     def __init__(self, updates=1):
         self.updates, self.step, self.iteration, self.score, self.rows = updates, 0, 0, 0.0, []
+        self.dir = "nowhere"
 
     def __call__(self, args, threshold, **parts):
         self.parts = parts

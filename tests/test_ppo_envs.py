@@ -484,6 +484,9 @@ def test_eval_only_refuses_what_is_not_a_run(tmp_path, capsys):
     assert stop.value.code == 2 and "checkpoint.pt" in capsys.readouterr().err
     ppo.train(ppo.Args(total_timesteps=4_096, run_dir=str(tmp_path)))
     with pytest.raises(SystemExit) as stop:
+        ppo.train(ppo.Args(eval_only=str(tmp_path)))
+    assert stop.value.code == 2 and "--eval-episodes" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
         ppo.train(ppo.Args(env_id="Acrobot-v1", eval_only=str(tmp_path), eval_episodes=1))
     assert stop.value.code == 2 and "--eval-only" in capsys.readouterr().err
 
