@@ -572,6 +572,13 @@ def test_atari_through_plain_wrappers_and_resume(tmp_path):
         ppo.train(ppo.Args(total_timesteps=96, resume=str(tmp_path / mode), **args))
 
 
+def test_pixels_are_scaled_to_one():
+    agent = ppo.Agent((4, 84, 84), [3], 1)
+    image = torch.randint(256, (5, 2, 4, 84, 84), dtype=torch.uint8)
+    expected = agent.cnn(image.flatten(0, 1).float() / 255).unflatten(0, (5, 2))
+    torch.testing.assert_close(agent.features(image), expected)
+
+
 def test_bf16_is_close(monkeypatch):
     torch.manual_seed(0)
     agent = ppo.Agent((4, 84, 84), [6], 1)
