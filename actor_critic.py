@@ -191,7 +191,7 @@ class Stream:
 
 def learn(model, stream, action, reward, next_obs, terminated, done, gamma, trace_lambda,
           exact_discount=True):
-    """Leave the update after a step of each environment in .grad; returns δ (N,), the update's norm.
+    """Leave the update after a step of each environment in .grad; returns δ (N,), update norm ().
 
     δ is that of the weights before the update. Where stream.valid is False the step only reset
     its environment and changes nothing. A trace is cleared after the last δ has been credited.
