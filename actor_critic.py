@@ -10,9 +10,9 @@ The critic v̂(s, w) estimates the return to come. Its error δ on one step says
 step was than expected; δ moves the critic towards what it has seen and the actor π(a|s, θ) towards
 the action if δ > 0, away from it if δ < 0. Eligibility traces z remember which parameters were
 active in earlier steps and give them their share. Numbers and boxes are those of Sutton & Barto,
-Reinforcement Learning, 2nd edition (2018), chapter 13, incompleteideas.net/book/the-book-2nd.html:
+Reinforcement Learning, 2nd edition (2018), incompleteideas.net/book/the-book-2nd.html:
 
-    δ = R + γ v̂(S', w) − v̂(S, w),  v̂(terminal) = 0     (13.14) episodic tasks, box of 13.5
+    δ = R + γ v̂(S', w) − v̂(S, w),  v̂(terminal) = 0     (12.6)  episodic tasks, box of 13.5
     δ = R − R̄ + v̂(S', w) − v̂(S, w),  R̄ ← R̄ + α_R δ     (10.10) continuing tasks, box of 13.6
     z_w ← γ λ z_w + ∇v̂(S, w)                           (12.5)  the critic's trace
     z_θ ← γ λ z_θ + I ∇log π(A|S, θ)                   (12.5)  the actor's; I = γ^t, see [C1]
@@ -22,6 +22,7 @@ What the book leaves open, or what is done otherwise here:
 [C1] I = γ^t is the book's, and makes the updates add up to the gradient of E[Σ γ^t R]. Most
      programs leave it out (--no-exact-discount, I = 1), so that late steps count in full.
 [C2] N environments step together, each with traces of its own; the update is the mean of δ z.
+     One λ serves both traces, where the book has two.
 [C3] Adam takes δ z for its gradient, and the step size falls linearly to 0. In the book the step is
      plain and constant. With Adam the update is no longer proportional to δ z.
 [C4] At a time limit the episode stops but the task does not: δ bootstraps from v̂(S'), then the
@@ -73,7 +74,7 @@ class Args:
     stop_at: float | None = None  # end when the mean return of 100 episodes reaches this
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one
     run_dir: str = ""  # folder for the run's files; default runs/<script>-<env>-<seed>-<time>
-    resume: str = ""  # folder of a run to continue; its flags become the defaults
+    resume: str = ""  # folder of a run to continue there; its flags become the defaults
     checkpoint_every: int = 10  # iterations from one checkpoint to the next
     track: bool = False  # mirror the metrics to Weights & Biases
     wandb_project: str = "policy-gradients"  # project there
@@ -81,7 +82,7 @@ class Args:
 
 def td_error(reward, value, next_value, terminated, gamma, average_reward=0.0):
     """δ (N,), all inputs (N,); for a continuing task gamma is 1 and average_reward is R̄."""
-    return reward - average_reward + gamma * next_value * ~terminated - value     # (13.14) (10.10)
+    return reward - average_reward + gamma * next_value * ~terminated - value     # (12.6) (10.10)
 
 
 def accumulate(trace, gradient, decay, valid):

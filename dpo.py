@@ -85,7 +85,7 @@ class Args:
     stop_at: float | None = None  # end when the held-out reward accuracy reaches this
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one
     run_dir: str = ""  # folder for the run's files; default runs/<script>-<task>-<seed>-<time>
-    resume: str = ""  # folder of a run to continue; its flags become the defaults
+    resume: str = ""  # folder of a run to continue there; its flags become the defaults
     checkpoint_every: int = 20  # batches from one checkpoint to the next
     track: bool = False  # mirror the metrics to Weights & Biases
     wandb_project: str = "policy-gradients"  # project there
@@ -148,7 +148,7 @@ def micro_batches(pairs, numbers, budget, device):
 def score(model, part, device):
     """(numbers (M,) of a micro-batch's pairs, log π (M, 2) of their answers)."""
     packs, rows = collate(part, device)
-    logprob, _ = model(*packs, 1.0)                                               # (K,) [C6]
+    logprob, _ = model(*packs, 1.0)                                               # [C6] (K,)
     lengths = torch.tensor([len(answer) for _, answers in part for _, answer in answers])
     sums = torch.segment_reduce(logprob, "sum", lengths=lengths.to(device))       # (2 M,)
     return rows[::2].div(2, rounding_mode="floor"), sums.view(-1, 2)
@@ -381,7 +381,7 @@ def read_pairs(args, text, context):
     """(pairs, held-out pairs) of --data: a prompt's lot decides; a bad row ends the program."""
     rows, bad = [], 0
     try:
-        lines = Path(args.data).read_text(encoding="utf-8").splitlines()
+        lines = Path(args.data).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         fail(f"--data {args.data}: {error}")
     for number, line in enumerate(lines, 1):

@@ -22,7 +22,7 @@ with ρ_t = π(o_t|q, o_<t) / π_old(o_t|q, o_<t) and Â_i = (r_i − mean r) / 
        gspo     group          grpo     sequence  0.0003  0.0004  0     2507.18071
        cispo    group          cispo    token     0.2     4       0     2506.13585
        rloo     leave-one-out  dr_grpo  token     0.2     0.2     0     2402.14740
-[C2] With one update per batch ρ is 1: J reads near 0 (a group's Â sum to 0), its gradient does not.
+[C2] With one update per batch ρ is 1: J reads about 0 (a group's Â sum to 0), its gradient is not.
 [C3] The KL term is ρ k3: the gradient of k3 alone is, on average, that of the other KL(π_ref‖π).
 [C4] A group of equal rewards, all Â 0, is dropped, from the denominators and the KL, too.
 [C5] Means are over the whole batch, however it is cut into micro-batches and processes.
@@ -71,7 +71,7 @@ class Args:
     temperature: float = 1.0  # of sampling and of the policy that learns [C6]
     learning_rate: float | None = None  # AdamW's step size; None: 3e-4 for the tiny GPT, else 2e-6
     max_grad_norm: float = 1.0  # longest gradient
-    preset: str = "default"  # a row of the table [C1], which the next six flags override
+    preset: str = "default"  # of a new run: a row of table [C1]; the next six flags override it
     scale_rewards: Literal["group", "batch", "none", "leave-one-out"] | None = None  # Â's divisor
     loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] | None = None  # the mean; cispo: clip
     importance_sampling_level: Literal["token", "sequence"] | None = None  # what a ratio ρ is of
@@ -91,7 +91,7 @@ class Args:
     stop_at: float | None = None  # end when the held-out accuracy reaches this
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one
     run_dir: str = ""  # folder for the run's files; default runs/<script>-<task>-<seed>-<time>
-    resume: str = ""  # folder of a run to continue; its flags become the defaults
+    resume: str = ""  # folder of a run to continue there; its flags become the defaults
     checkpoint_every: int = 10  # batches from one checkpoint to the next
     track: bool = False  # mirror the metrics to Weights & Biases
     wandb_project: str = "policy-gradients"  # project there
@@ -173,8 +173,9 @@ def choose(logprob, temperature, draw):
     if not temperature:
         return logprob.argmax(-1, keepdim=True)
     exact = torch.float if draw.device.type == "mps" else torch.double  # which mps does not have
+    sums = logprob.to(exact).exp().cumsum(-1)  # its last is 1 but for rounding
     point = torch.rand(len(logprob), 1, generator=draw, device=draw.device, dtype=exact)
-    token = torch.searchsorted(logprob.to(exact).exp().cumsum(-1), point, right=True)
+    token = torch.searchsorted(sums, point * sums[:, -1:], right=True)
     return token.clamp(max=logprob.shape[1] - 1)  # the first where the sum exceeds the number
 
 
@@ -243,7 +244,7 @@ def ask(sampler, text, examples, seed, args):
     rows = [row[:n] for row, n in zip(tokens.tolist(), length.tolist())]          # R
     worth = [reward(text.decode(row), examples[i // G]) for i, row in enumerate(rows)]
     rewards = torch.tensor(worth, dtype=torch.float, device=sampled.device).view(-1, G)  # (B, G)
-    equal = (rewards == rewards[:, :1]).all(1).repeat_interleave(G)               # (R,) [C4]
+    equal = (rewards == rewards[:, :1]).all(1).repeat_interleave(G)               # [C4] (R,)
     used = ~equal & (ended | (not args.mask_truncated_completions))
     mask = used[:, None] & (torch.arange(tokens.shape[1], device=used.device) < length[:, None])
     advantage = group_advantage(gather(rewards), args.scale_rewards)              # of all processes
@@ -1068,7 +1069,7 @@ def read_rows(args, text, room):
     """The rows of --data, prompts of at most `room` tokens; a bad row ends the program."""
     rows, fits = [], False
     try:
-        lines = Path(args.data).read_text(encoding="utf-8").splitlines()
+        lines = Path(args.data).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         fail(f"--data {args.data}: {error}")
     for number, line in enumerate(lines, 1):

@@ -63,7 +63,7 @@ class Args:
     stop_at: float | None = None  # end when the mean return of 100 episodes reaches this
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one
     run_dir: str = ""  # folder for the run's files; default runs/<script>-<env>-<seed>-<time>
-    resume: str = ""  # folder of a run to continue; its flags become the defaults
+    resume: str = ""  # folder of a run to continue there; its flags become the defaults
     checkpoint_every: int = 10  # iterations from one checkpoint to the next
     track: bool = False  # mirror the metrics to Weights & Biases
     wandb_project: str = "policy-gradients"  # project there

@@ -200,7 +200,8 @@ def table(page):
             groups.setdefault((row["task"], row["choice"]), []).append(float(row["score"]))
     if not groups:
         return "Not measured yet."
-    lines = ["| task | choice | score, five seeds | lowest to highest |", "|---|---|---|---|"]
+    lines = ["| task | choice | interquartile mean of the score, seeds 11 to 15 "
+             "| lowest to highest |", "|---|---|---|---|"]
     for (task, choice), scores in groups.items():
         mean, low, high = (f"{x:.3f}" if abs(max(scores)) <= 1 and page == "grpo" else f"{x:.1f}"
                            for x in (iqm(scores), min(scores), max(scores)))
@@ -215,11 +216,7 @@ def main():
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS)
     args = parser.parse_args()
     if not args.report:
-        parts, path = args.only or PARTS, HERE / "ablations.json"
-        command = shlex.join(["python", "benchmarks/ablations.py", *sys.argv[1:]])
-        source = cartpole.provenance() | {"command": command}
-        old = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(old | dict.fromkeys(parts, source), indent=2) + "\n")
+        parts, source = args.only or PARTS, cartpole.provenance()
         with ThreadPoolExecutor(2) as pool:
             jobs = [(choice, seed) for choice in CHOICES for seed in SEEDS
                     if ("sums" if choice[0] == "grpo" else "control") in parts]
@@ -232,6 +229,9 @@ def main():
                 kept = [row for row in read("lines.csv") if row["script"] not in args.scripts]
                 rows = itertools.chain(kept, line_rows(pool, args.scripts))
                 cartpole.write_rows(HERE / "lines.csv", LINE_COLUMNS, rows)
+        measured = [part for part in parts if part != "lines"]
+        measured += [f"lines {script}" for script in args.scripts if "lines" in parts]
+        cartpole.record("ablations.json", measured, source)
     for page in dict.fromkeys(choice[0] for choice in CHOICES):
         print(f"\n{page}\n{table(page)}")
 

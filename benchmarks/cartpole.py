@@ -219,8 +219,16 @@ def provenance():
         "versions": {"python": platform.python_version()}
         | {package: metadata.version(package) for package in packages},
         "sb3_threads": SB3_THREADS,
-        "command": shlex.join(["python", "benchmarks/cartpole.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}",
+                               *("FOLDER" if Path(a).is_dir() else a for a in sys.argv[1:])]),
     }
+
+
+def record(name, parts, source):
+    """Note in a .json here that these parts, now measured, come from source, a provenance()."""
+    path = HERE / name
+    old = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(old | dict.fromkeys(parts, source), indent=2) + "\n")
 
 
 def benchmark(out_dir, contestants, seeds, skip_equal):

@@ -1,18 +1,19 @@
 """Learning curves of the control scripts, all seeds, and the time to solve CartPole-v1.
 
     python benchmarks/curves.py            run all, write curves.csv, draw docs/img
+    python benchmarks/curves.py --only pendulum    run what one picture shows
     python benchmarks/curves.py --report   draw from the files, run nothing
 
 curves.csv    a row for each point: picture, contestant, seed, step, score; at most 100 a run.
               No run stops early; the flags are those of tasks.py and ppo.py.
-curves.json   commit, date, machine, versions, command.
+curves.json   for each picture: commit, date, machine, versions, command.
 
 Two runs at a time: nothing here is timed. The time to solve is that of cartpole.csv.
 """
 
 import argparse
 import csv
-import json
+import itertools
 import shlex
 import subprocess
 import sys
@@ -42,6 +43,7 @@ RUNS = [  # picture, task, script, flags, seeds
         ("pendulum", "Pendulum-v1"), ("mountain_car", "MountainCar-v0"),
         ("lunar_lander", "LunarLander-v3"), ("half_cheetah", "HalfCheetah-v5"))),
 ]
+TITLES = {picture: task for picture, task, *_ in RUNS}
 PICTURES = {  # page: {picture in docs/: what it shows}
     "reinforce": {"img/cartpole.png": "CartPole-v1, 200,000 steps: thin lines are seeds 11 to 20, "
                   "thick ones their interquartile mean, bands the middle half"},
@@ -70,21 +72,26 @@ def curve(job):
             for step, score in points]
 
 
+def read():
+    """Rows of curves.csv; none where it has not been measured."""
+    path = HERE / "curves.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def draw():
     """The pictures, as far as there are rows."""
     IMAGES.mkdir(exist_ok=True)
     curves = {}
-    if (HERE / "curves.csv").exists():
-        with (HERE / "curves.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                seeds = curves.setdefault(row["picture"], {}).setdefault(row["contestant"], {})
-                point = float(row["step"]), float(row["score"])
-                seeds.setdefault(row["seed"], []).append(point)
-    titles = {picture: task for picture, task, *_ in RUNS}
+    for row in read():
+        seeds = curves.setdefault(row["picture"], {}).setdefault(row["contestant"], {})
+        seeds.setdefault(row["seed"], []).append((float(row["step"]), float(row["score"])))
     for picture, contestants in curves.items():
         groups = {f"{name}.py": [np.array(points).T for points in seeds.values()]
                   for name, seeds in contestants.items()}
-        plot.draw(groups, IMAGES / f"{picture}.png", titles[picture], "environment steps",
+        plot.draw(groups, IMAGES / f"{picture}.png", TITLES[picture], "environment steps",
                   "mean return of the last 100 episodes")
     draw_solve()
 
@@ -115,15 +122,16 @@ def draw_solve():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--report", action="store_true", help="only draw from the files")
+    parser.add_argument("--only", nargs="+", choices=TITLES, help="pictures; keep the others' rows")
     args = parser.parse_args()
     if not args.report:
-        command = shlex.join(["python", "benchmarks/curves.py", *sys.argv[1:]])
-        source = cartpole.provenance() | {"command": command}
-        (HERE / "curves.json").write_text(json.dumps(source, indent=2) + "\n")
-        jobs = [(run, 11 + i) for run in RUNS for i in range(run[4])]
+        pictures, source = args.only or list(dict.fromkeys(TITLES)), cartpole.provenance()
+        jobs = [(run, 11 + i) for run in RUNS if run[0] in pictures for i in range(run[4])]
+        kept = [row for row in read() if row["picture"] not in pictures]
         with ThreadPoolExecutor(2) as pool:
             rows = (row for part in pool.map(curve, jobs) for row in part)
-            cartpole.write_rows(HERE / "curves.csv", COLUMNS, rows)
+            cartpole.write_rows(HERE / "curves.csv", COLUMNS, itertools.chain(kept, rows))
+        cartpole.record("curves.json", pictures, source)
     draw()
 
 

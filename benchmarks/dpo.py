@@ -21,7 +21,6 @@ import json
 import random
 import re
 import resource
-import shlex
 import statistics
 import subprocess
 import sys
@@ -175,10 +174,11 @@ def draw():
     rows, figure = read("dpo_frontier.csv"), Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for policy, mark, label in (("best", "-", "π*, exact"), ("dpo", "o", "dpo.py")):
-        points = sorted((float(row["kl_to_ref"]), float(row["reward"])) for row in rows
-                        if row["policy"] == policy)
-        axes.plot(*zip(*points), mark, label=label)
+    for seed, color in zip(sorted({row["seed"] for row in rows}), ("#0072B2", "#D55E00")):
+        for policy, mark, label in (("best", "-", "π*, exact"), ("dpo", "o", "dpo.py")):
+            points = sorted((float(row["kl_to_ref"]), float(row["reward"])) for row in rows
+                            if (row["policy"], row["seed"]) == (policy, seed))
+            axes.plot(*zip(*points), mark, color=color, label=f"{label}, seed {seed}")
     axes.set(xlabel="KL(π‖π_ref)", ylabel="mean reward", title="Reward against distance")
     axes.legend()
     (HERE.parent / "docs" / "img").mkdir(exist_ok=True)
@@ -227,17 +227,14 @@ def main():
     parser.add_argument("--model", help="folder of SmolLM2-135M-Instruct, for speed")
     args = parser.parse_args()
     if not args.report:
-        parts, path = args.only or ["default", "speed", "frontier"], HERE / "dpo.json"
-        command = ["python", *("FOLDER" if a == args.model else a for a in sys.argv)]
-        source = cartpole.provenance() | {"command": shlex.join(command)}
-        sources = json.loads(path.read_text()) | dict.fromkeys(parts, source)
-        path.write_text(json.dumps(sources, indent=2) + "\n")
+        parts, source = args.only or ["default", "speed", "frontier"], cartpole.provenance()
         if "default" in parts:
             cartpole.write_rows(HERE / "dpo.csv", RESULTS, default_rows())
         if "speed" in parts:
             cartpole.write_rows(HERE / "dpo_speed.csv", SPEEDS, speed_rows(args.model))
         if "frontier" in parts:
             cartpole.write_rows(HERE / "dpo_frontier.csv", FRONTIER, frontier_rows())
+        cartpole.record("dpo.json", parts, source)
     if read("dpo_frontier.csv"):
         draw()
     print(default_table())

@@ -222,17 +222,14 @@ def main():
     parser.add_argument("--minutes", type=float, default=60, help="for the curve")
     args = parser.parse_args()
     if not args.report:
-        parts, path = args.only or ["default", "speed", "curve"], HERE / "grpo.json"
-        command = ["python", *("FOLDER" if a == args.model else a for a in sys.argv)]
-        source = cartpole.provenance() | {"command": shlex.join(command)}
-        sources = json.loads(path.read_text()) | dict.fromkeys(parts, source)
-        path.write_text(json.dumps(sources, indent=2) + "\n")
+        parts, source = args.only or ["default", "speed", "curve"], cartpole.provenance()
         if "default" in parts:
             cartpole.write_rows(HERE / "grpo.csv", RESULTS, default_rows())
         if "speed" in parts:
             cartpole.write_rows(HERE / "grpo_speed.csv", SPEEDS, speed_rows(args.model))
         if "curve" in parts:
             curve(args.model, args.minutes)
+        cartpole.record("grpo.json", parts, source)
     if read("grpo_curve.csv"):
         draw()
     print(default_table())

@@ -12,7 +12,7 @@ ppo_speed.csv  one process at a time: steps per second of ppo.py and of Stable-B
                same settings (in `ours` those of ppo.py's presets, in `theirs` those that the peer
                has by default or from RL Baselines3 Zoo), and of the environments alone under
                random actions. The peer's observations and rewards are normalised where ours are.
-ppo.json       commit, date, machine, versions, command.
+ppo.json       for each task, and for speed: commit, date, machine, versions, command.
 """
 
 import argparse
@@ -48,7 +48,7 @@ TASKS = [  # (task, flags beside the presets, goal, seeds)
     ("HalfCheetah-v5", "--num-envs 64 --num-steps 32", 5500, 10),
     ("Hopper-v5", "", 2600, 5),
     ("Walker2d-v5", "", 4000, 5),
-    ("ALE/Breakout-v5", "--total-timesteps 500000 --bf16", "clearly above random play", 1),
+    ("ALE/Breakout-v5", "--total-timesteps 500000 --bf16", "clearly above random play (1 to 2)", 1),
 ]
 EQUAL = [  # (task, settings, flags of ppo.py, (environments, keywords) of the peer, steps)
     ("CartPole-v1", "ours", "", (64, {"n_steps": 32, "batch_size": 256, "n_epochs": 3,
@@ -163,8 +163,9 @@ def score_table():
             mean, low, high = interval(scores)
             command = " ".join(f"python ppo.py --env-id {task} {flags}".split())
             seconds = statistics.median(float(row["seconds"]) for row in mine)
-            lines.append(f"| `{command}` | {len(mine)} | {mean:,.4g} ({low:,.4g} to {high:,.4g}) "
-                         f"| {min(scores):,.4g} to {max(scores):,.4g} | {goal} | {seconds:.0f} |")
+            spread = f" ({low:,.4g} to {high:,.4g}) | {min(scores):,.4g} to {max(scores):,.4g}"
+            lines.append(f"| `{command}` | {len(mine)} | {mean:,.4g}"
+                         f"{spread if len(mine) > 1 else ' | '} | {goal} | {seconds:.0f} |")
     return "\n".join(lines)
 
 
@@ -189,17 +190,18 @@ def main():
     parser.add_argument("--only", nargs="+", choices=[task[0] for task in TASKS] + ["speed"])
     args = parser.parse_args()
     if not args.report:
-        source = cartpole.provenance() | {"command": shlex.join(["python", *sys.argv])}
-        (HERE / "ppo.json").write_text(json.dumps(source, indent=2) + "\n")
         tasks = [task for task in TASKS if not args.only or task[0] in args.only]
+        parts = [task[0] for task in tasks] + ["speed"] * (not args.only or "speed" in args.only)
+        source = cartpole.provenance()
         kept = [row for row in read("ppo.csv") if row["task"] not in [task[0] for task in tasks]]
         if tasks:
             jobs = [(task, 11 + i) for task in tasks for i in range(task[3])]
             with ThreadPoolExecutor(2) as pool:
                 rows = itertools.chain(kept, pool.map(score_row, jobs))
                 cartpole.write_rows(HERE / "ppo.csv", SCORES, rows)
-        if not args.only or "speed" in args.only:
+        if "speed" in parts:
             cartpole.write_rows(HERE / "ppo_speed.csv", SPEEDS, speed_rows())
+        cartpole.record("ppo.json", parts, source)
     print(score_table())
     if read("ppo_speed.csv"):
         print("\n" + speed_table())

@@ -28,7 +28,7 @@ LADDER = {
                      "Barto, 13.5, 13.6](http://incompleteideas.net/book/the-book-2nd.html))",
                      "an update after every step, from the value of the next state"),
     "ppo": ("PPO with GAE ([Schulman et al. 2017](https://arxiv.org/abs/1707.06347))",
-            "batches, used several times under a clipped objective; every kind of space"),
+            "batches, used several times under a clipped objective; nearly every kind of space"),
 }
 
 LANGUAGE = {
@@ -55,7 +55,7 @@ def code_lines(source):
 def ladder():
     """Markdown: a line for each script."""
     groups = cartpole.grouped(cartpole.read_rows(ROOT / "benchmarks" / "cartpole.csv"))
-    lines = ["| file | method | new in it | code lines, to the end of `train` | CartPole-v1 solved "
+    lines = ["| file | method | new in it | code lines; to the end of `train` | CartPole-v1 solved "
              "| median whole process |", "|---|---|---|---|---|---|"]
     for name, (method, new) in LADDER.items():
         rows = groups[name]
@@ -68,7 +68,7 @@ def ladder():
 
 def language():
     """Markdown: a line for each script."""
-    lines = ["| file | method | what is new | code lines, to the end of `train` |",
+    lines = ["| file | method | what is new | code lines; to the end of `train` |",
              "|---|---|---|---|"]
     lines += [f"| [`{name}.py`]({name}.py) | {method} | {new} | {sizes(name)} |"
               for name, (method, new) in LANGUAGE.items()]
@@ -86,7 +86,7 @@ def sizes(name):
     """Code lines of a script, and of these down to the end of train."""
     source = (ROOT / f"{name}.py").read_text()
     code, mark = code_lines(source), source[: source.index("\n# Below this line")].count("\n")
-    return f"{len(code)}, {sum(line <= mark for line in code)}"
+    return f"{len(code)}; {sum(line <= mark for line in code)}"
 
 
 def render(text):

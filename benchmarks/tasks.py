@@ -6,7 +6,8 @@
 
 A row of tasks.csv is a run: task, script, flags, seed, goal, solved, steps, seconds, score. It ends
 when the mean return of its last 100 episodes reaches the goal (in the continuing task: the mean
-reward of 100 stretches of 32 steps), or its steps are used up. Two runs share the machine, so the
+reward of 100 stretches of 32 steps), or its steps are used up. tasks.json: of each script commit,
+date, machine, versions, command. Two runs share the machine, so the
 seconds are no measure of speed; benchmarks/cartpole.py is.
 """
 
@@ -19,6 +20,8 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import cartpole
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = ["task", "script", "flags", "seed", "goal", "solved", "steps", "seconds", "score"]
@@ -73,6 +76,7 @@ def main():
     parser.add_argument("--only", choices=sorted({task[1] for task in TASKS}), help="a script")
     args = parser.parse_args()
     if not args.report:
+        source = cartpole.provenance()
         jobs = [(task, seed) for task in TASKS for seed in range(11, 21)
                 if args.only in (None, task[1])]
         with ThreadPoolExecutor(2) as pool:
@@ -82,6 +86,8 @@ def main():
                 rows += [row for row in csv.reader(file) if row[1] not in (args.only, "script")]
         with (HERE / "tasks.csv").open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+        scripts = [args.only] if args.only else list(dict.fromkeys(task[1] for task in TASKS))
+        cartpole.record("tasks.json", scripts, source)
     print(table())
 
 

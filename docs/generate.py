@@ -107,9 +107,13 @@ def choices(name):
         if (match := TAGGED.fullmatch(text)) and (letters := re.findall(r"\[C(\d+)\]", match[2])):
             shown = " ".join(f"[C{letter}]" for letter in letters)
             rows.append((int(letters[0]), number, f"| {shown} | {number} | {cell(match[1])} |"))
+    letters = re.findall(r"^\[C\d+\]", read_script(name).split('"""')[1], re.MULTILINE)
+    rest = [letter for letter in letters if not any(letter in row for *_, row in rows)]
+    note = f"No line of their own above the mark: {', '.join(rest)}. " if rest else ""
     return "\n".join([
         "| choice | line | code |", "|---|---|---|", *(row for *_, row in sorted(rows)), "",
-        f"What becomes of the script when a line is broken: [every line](lines.md#{name}py)."])
+        f"{note}What becomes of the script when a line is broken: "
+        f"[every line](lines.md#{name}py)."])
 
 
 def diff(*words):

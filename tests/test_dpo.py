@@ -357,6 +357,15 @@ def data(tmp_path, *rows, **changes):
     return flags(data=str(path), **changes)
 
 
+def test_only_a_newline_ends_a_row(tmp_path):
+    """Not U+2028, which JSON may hold as it is; a byte order mark and \r\n do no harm."""
+    row = json.dumps(GOOD | {"note": "a\u2028b"}, ensure_ascii=False)
+    other, args = json.dumps(GOOD | {"prompt": "2+0="}), data(tmp_path)
+    text = f"\ufeff{row}\r\n{other}\r\n"
+    (tmp_path / "pairs.jsonl").write_text(text, encoding="utf-8", newline="")
+    assert [len(part) for part in dpo.read_pairs(args, dpo.Characters(), 60)] == [1, 1]
+
+
 @pytest.mark.parametrize(
     "rows, words",
     [

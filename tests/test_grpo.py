@@ -547,6 +547,14 @@ def test_samples_follow_the_distribution():
     assert (share - expected).abs().max() < 4 * 0.5 / 200
 
 
+def test_rounding_gives_the_last_token_no_more_than_its_share():
+    """Sums of many float32 probabilities miss 1 by a little, here by a lot."""
+    logprob = torch.tensor([0.5, 0.3, 1e-30]).log().expand(10_000, 3)
+    token = grpo.choose(logprob, 1.0, torch.Generator().manual_seed(1))
+    share = torch.bincount(token[:, 0], minlength=3) / 10_000
+    assert share[2] == 0 and abs(share[0] - 0.5 / 0.8) < 4 * 0.5 / 100
+
+
 def test_a_group_sees_its_own_prompt_and_seeds_count():
     model = tiny()
     draw = lambda seed: grpo.sample(model, [[1], [2, 3]], 4, 8, 1.0, [0], seed)[0]  # noqa: E731
@@ -663,6 +671,15 @@ def test_rows_of_a_file(tmp_path):
     unseen = {row["prompt"] for row in heldout}
     assert 3 <= len(unseen) <= 10 and isinstance(heldout[0]["answer"], str)
     assert not unseen & {draw(random.Random(i))["prompt"] for i in range(300)}
+
+
+def test_only_a_newline_ends_a_row(tmp_path):
+    """Not U+2028, which JSON may hold as it is; a byte order mark and \r\n do no harm."""
+    row = json.dumps({"prompt": "1=", "answer": "1", "note": "a\u2028b"}, ensure_ascii=False)
+    args = rows_of(tmp_path)
+    text = f"\ufeff{row}\r\n{row}\r\n"
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8", newline="")
+    assert len(grpo.read_rows(args, grpo.Characters(), 60)) == 2
 
 
 GOOD = {"prompt": "1+1=", "answer": "2"}

@@ -52,10 +52,10 @@ def copy(folder):
         shutil.copy(path, folder)
 
 
-def pytest(folder, tests):
+def pytest(folder, tests, processes=0):
     """(exit status, name of the first test that failed) of these tests in the folder."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-               *(f"tests/{test}" for test in tests)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n",
+               str(processes), *(f"tests/{test}" for test in tests)]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600,
                               check=False, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
@@ -88,7 +88,7 @@ def main():
     start, mutants = time.perf_counter(), load(args.scripts)
     with tempfile.TemporaryDirectory() as folder:
         copy(Path(folder))
-        status, name = pytest(folder, sorted({test for m in mutants for test in m["tests"]}))
+        status, name = pytest(folder, sorted({test for m in mutants for test in m["tests"]}), 2)
     if status != 0:
         sys.exit(f"before anything is broken: {name}")
     with ThreadPoolExecutor(2) as pool:
