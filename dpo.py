@@ -149,8 +149,9 @@ def score(model, part, device):
     """(numbers (M,) of a micro-batch's pairs, log π (M, 2) of their answers)."""
     packs, rows = collate(part, device)
     logprob, _ = model(*packs, 1.0)                                               # [C6] (K,)
-    lengths = torch.tensor([len(answer) for _, answers in part for _, answer in answers])
-    sums = torch.segment_reduce(logprob, "sum", lengths=lengths.to(device))       # (2 M,)
+    length = torch.tensor([len(answer) for _, answers in part for _, answer in answers])
+    owner = torch.arange(len(rows)).repeat_interleave(length).to(device)          # (K,)
+    sums = torch.zeros(len(rows), device=device).index_add(0, owner, logprob)     # (2 M,)
     return rows[::2].div(2, rounding_mode="floor"), sums.view(-1, 2)
 
 

@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, teach_once
 from test_decoder import smollm2 as smollm2
 from test_grpo import Still, call, plain_logprobs, tiny, torchrun, weights
 
@@ -549,7 +549,8 @@ def test_a_run_on_a_file_of_pairs(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_short_run_learns_and_one_that_stands_still_does_not(tmp_path, capsys):
+def test_a_short_run_learns_and_one_that_stands_still_does_not(tmp_path, capsys, monkeypatch):
+    teach_once(dpo, monkeypatch)
     gains = []
     for rate in (3e-4, 1e-11):
         out = run(

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, teach_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -819,7 +819,8 @@ def test_the_exported_folder_is_the_model(tmp_path, capsys, judge):
 
 
 @pytest.mark.slow
-def test_a_short_run_learns_and_one_that_stands_still_does_not(tmp_path, capsys):
+def test_a_short_run_learns_and_one_that_stands_still_does_not(tmp_path, capsys, monkeypatch):
+    teach_once(grpo, monkeypatch)
     args = ["--imitation-steps", 220, "--max-steps", 40, "--eval-every", 40]
     gains = []
     for rate in (3e-4, 1e-11):
