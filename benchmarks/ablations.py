@@ -3,6 +3,7 @@
     python benchmarks/ablations.py                   run all and write the files
     python benchmarks/ablations.py --only sums       run one part (control, sums, lines)
     python benchmarks/ablations.py --only lines --scripts ppo dpo      the lines of these scripts
+    python benchmarks/ablations.py --only lines --new                  those that have no row yet
     python benchmarks/ablations.py --report          print the tables from the files, run nothing
 
 ablations.csv   parts control and sums: a row for each run of a script with one choice changed, by
@@ -174,20 +175,31 @@ def line_row(mutant, imitators):
 def line_flags(mutant):
     """The flags with which a mutant shows, or None where no short run can show it."""
     script = mutant["script"]
-    if script not in LINE_FLAGS:
-        return CARTPOLE if mutant.get("cartpole", True) else None
-    own = mutant.get("sums")
-    return None if own is None else f"{LINE_FLAGS[script]} {own}".strip()
+    own = mutant.get("sums") if script in LINE_FLAGS else mutant.get("cartpole", "")
+    return None if own in (None, False) else f"{LINE_FLAGS.get(script, CARTPOLE)} {own}".strip()
 
 
-def line_rows(pool, names):
-    """Rows of lines.csv: first the scripts as they are, which teach the imitators."""
-    shown = [mutant for mutant in mutants.load(names) if line_flags(mutant) is not None]
-    wholes = {(m["script"], line_flags(m)): m | {"bug": ""} for m in shown}
+def line_key(row):
+    """What tells a row of lines.csv from the others; row: such a one, or a mutant."""
+    return row["script"], row["bug"], row.get("flags") or line_flags(row)
+
+
+def line_rows(pool, names, known):
+    """Rows of lines.csv: those known that still hold, then the others, of the scripts named.
+
+    The scripts as they are come first: they teach the imitators.
+    """
+    have = {line_key(row): row for row in known}
+    shown = [mutant for mutant in mutants.load() if line_flags(mutant) is not None]
+    wholes = {line_key(mutant | {"bug": ""}): mutant | {"bug": ""} for mutant in shown}
+    todo = [m for m in shown if m["script"] in names and line_key(m) not in have]
+    again = {line_key(mutant | {"bug": ""}) for mutant in todo}
+    keys = [*wholes, *map(line_key, shown)]
+    yield from (have[key] for key in keys if key in have and key not in again)
     with tempfile.TemporaryDirectory() as imitators:
-        jobs = sorted(wholes.values(), key=lambda m: (m["script"], line_flags(m)))
+        jobs = [wholes[key] for key in sorted(again)]
         first = {job["script"]: job for job in reversed(jobs)}
-        rest = [job for job in jobs if first[job["script"]] is not job] + shown
+        rest = [job for job in jobs if first[job["script"]] is not job] + todo
         for some in (list(first.values()), rest):
             yield from pool.map(line_row, some, [imitators] * len(some))
 
@@ -214,6 +226,7 @@ def main():
     parser.add_argument("--report", action="store_true", help="only print the tables")
     parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS)
+    parser.add_argument("--new", action="store_true", help="of the lines, only those without a row")
     args = parser.parse_args()
     if not args.report:
         parts, source = args.only or PARTS, cartpole.provenance()
@@ -226,11 +239,13 @@ def main():
                 rows = itertools.chain(kept, pool.map(choice_row, jobs))
                 cartpole.write_rows(HERE / "ablations.csv", COLUMNS, rows)
             if "lines" in parts:
-                kept = [row for row in read("lines.csv") if row["script"] not in args.scripts]
-                rows = itertools.chain(kept, line_rows(pool, args.scripts))
+                known = [row for row in read("lines.csv")
+                         if args.new or row["script"] not in args.scripts]
+                rows = line_rows(pool, args.scripts, known)
                 cartpole.write_rows(HERE / "lines.csv", LINE_COLUMNS, rows)
         measured = [part for part in parts if part != "lines"]
-        measured += [f"lines {script}" for script in args.scripts if "lines" in parts]
+        measured += [f"lines {script}" + ", new" * args.new
+                     for script in args.scripts if "lines" in parts]
         cartpole.record("ablations.json", measured, source)
     for page in dict.fromkeys(choice[0] for choice in CHOICES):
         print(f"\n{page}\n{table(page)}")

@@ -6,9 +6,9 @@
 
 The .toml file of a script lists its mutants: the bug; where it comes from; a piece of its text that
 occurs once, and what stands there instead; the tests that should notice; and for
-benchmarks/ablations.py whether CartPole can show it (`cartpole`) or the sums, and with which flags
-(`sums`). All the tests named must pass on the scripts as they are. A mutant is caught where one
-then fails: a copy that no longer imports, or hangs, is not. Exit code 1 where a mutant survives.
+benchmarks/ablations.py with which flags CartPole can show it (`cartpole`; false: it cannot) or the
+sums (`sums`). All the tests named must pass on the scripts as they are. A mutant is caught where
+one then fails: a copy that no longer imports, or hangs, is not. Exit code 1 where one survives.
 """
 
 import argparse
