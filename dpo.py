@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch==2.13.0", "tyro==1.0.17", "wandb==0.31.0", "tqdm==4.70.1", "tokenizers==0.23.3",
-#     "safetensors==0.8.0", "huggingface-hub==2.4.0", "jinja2==3.1.6",
+#     "safetensors[numpy]==0.8.0", "huggingface-hub==2.4.0", "jinja2==3.1.6",
 # ]
 # ///
 """DPO: learn from pairs of a better and a worse answer, with no reward model and no sampling.
@@ -59,7 +59,7 @@ from tqdm import tqdm
 @dataclasses.dataclass(frozen=True)
 class Args:
     model: str = ""  # folder or hub id of a Llama, Qwen2 or Qwen3; default: a tiny GPT, taught here
-    data: str = ""  # JSON lines: `prompt`, `chosen`, `rejected`, each a text or chat messages
+    data: str = ""  # JSON lines: `prompt` (text or chat messages), `chosen`, `rejected` (text)
     train_pairs: int = 36_000  # how many to make where there is no --data
     skip_bad_rows: bool = False  # leave out rows that cannot be used, and say how many
     seed: int = 1  # of the weights, the pairs and their order
@@ -226,9 +226,10 @@ def train(args):
                 journal.score = facts["accuracy"].item()
                 shown = {f"heldout_{name}": facts[name] for name in ("margin", "chosen_fell")}
             journal.log(loss=loss, grad_norm=norm, **means, **shown)
+        journal.save()
+        save_model(journal.dir / "model", model, text)
         before = journal.before["exam"]
         conclude(before, exam(model, text, before, args), journal.score)
-        save_model(journal.dir / "model", model, text)
     leave()
     return journal.score
 
@@ -381,10 +382,8 @@ def addition_stream(rng, held_out):
 def read_pairs(args, text, context):
     """(pairs, held-out pairs) of --data: a prompt's lot decides; a bad row ends the program."""
     rows, bad = [], 0
-    try:
+    with blamed(f"--data {args.data}"):
         lines = Path(args.data).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"--data {args.data}: {error}")
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
@@ -442,7 +441,8 @@ def join(args):
             dist.init_process_group("nccl" if name == "cuda" else "gloo")
         rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
-    torch.manual_seed(args.seed)
+    with blamed(f"--seed {args.seed}"):
+        torch.manual_seed(args.seed)
     return device, rank, world_size
 
 
@@ -577,9 +577,11 @@ def collate(packs, device):
 class Linear(nn.Linear):
     """A linear layer, with rank > 0 plus an adapter that starts at zero: Hu et al. (2021), LoRA."""
 
+    adapted = True  # of all layers; False while the reference policy without adapters is asked
+
     def __init__(self, fan_in, fan_out, bias=False, rank=0):
         super().__init__(fan_in, fan_out, bias)
-        self.rank, self.adapted = rank, True
+        self.rank = rank
         if rank:
             self.weight.requires_grad_(False)
             self.lora_a = nn.Parameter(torch.randn(rank, fan_in) / fan_in**0.5)
@@ -781,25 +783,21 @@ def load_model(args, device):
             if param.dim() == 2:
                 nn.init.normal_(param, std=0.1)
         return model.to(device), text
-    try:
+    with blamed(f"--model {args.model}"):  # errors of the hub, files missing, torn or foreign
         folder = Path(args.model)
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
 
             wanted = ["*.json", "*.jinja", "*.safetensors"]
             folder = Path(snapshot_download(args.model, allow_patterns=wanted))
-        config = settled(json.loads((folder / "config.json").read_text()), args.model)
+        config = settled(json.loads((folder / "config.json").read_bytes()), args.model)
         model, text = Decoder(config, *options), Tokenizer(folder)
-        missing = fill(model, folder)
-    except Exception as error:  # of the hub, of files that are missing, torn or foreign
-        fail(f"--model {args.model}: {type(error).__name__}: {error}")
-    if missing:
-        fail(f"--model {args.model}: its safetensors lack {', '.join(missing)}")
+        fill(model, folder)
     return model.to(device), text
 
 
 def fill(model, folder):
-    """Read the folder's safetensors into the model; returns the names that are not there."""
+    """Read the folder's safetensors into the model; ValueError names what they lack."""
     from safetensors import safe_open
 
     params = {name: param for name, param in model.named_parameters() if "lora" not in name}
@@ -807,7 +805,8 @@ def fill(model, folder):
         with safe_open(file, "pt") as tensors:
             for name in params.keys() & set(tensors.keys()):
                 params.pop(name).data.copy_(tensors.get_tensor(name))
-    return list(params)
+    if params:
+        raise ValueError(f"its safetensors lack {', '.join(params)}")
 
 
 def save_model(folder, model, text):
@@ -863,7 +862,9 @@ class Tokenizer:
 
         self.folder = folder
         self.inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        read = {name: json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        self.inner.no_truncation()  # files keep how their last user cut and padded
+        self.inner.no_padding()
+        read = {name: json.loads((folder / name).read_bytes()) if (folder / name).exists() else {}
                 for name in ("config.json", "generation_config.json", "tokenizer_config.json")}
         self.special = {name: value["content"] if isinstance(value, dict) else value
                         for name, value in read["tokenizer_config.json"].items()
@@ -877,17 +878,19 @@ class Tokenizer:
             raise ValueError("neither config.json nor the tokenizer names an end-of-sequence token")
         template = read["tokenizer_config.json"].get("chat_template")
         if (folder / "chat_template.jinja").exists():
-            template = (folder / "chat_template.jinja").read_text()
-        jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        jinja.globals["raise_exception"] = complain
-        jinja.globals["strftime_now"] = time.strftime
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        if isinstance(template, list):  # several, by name
+            template = {each["name"]: each["template"] for each in template}.get("default")
+        jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        jinja.globals.update(raise_exception=complain, strftime_now=time.strftime)
         self.template = jinja.from_string(template) if isinstance(template, str) else None
 
     def encode(self, prompt):
         """Token ids of a text as it stands, or of chat messages through the chat template."""
         if not isinstance(prompt, str):
-            if self.template is None:
-                raise ValueError("the model has no chat template: give the prompt as text")
+            if self.template is None or not prompt:
+                raise ValueError("no message, or the model has no chat template: give text")
             prompt = self.template.render(
                 messages=prompt, add_generation_prompt=True, **self.special)
         return self.inner.encode(prompt, add_special_tokens=False).ids
@@ -922,7 +925,7 @@ def addition(rng, tiny):
 
 
 def lot(example):
-    """A number from 0 to 1 that belongs to the prompt."""
+    """A number from 0 to 1 that belongs to the prompt; 12+34 has another than 34+12."""
     return random.Random(json.dumps(example["prompt"])).random()
 
 
@@ -1030,8 +1033,9 @@ class Journal:
             return
         state["args"] = dataclasses.asdict(self.args)
         state["run"] = {name: getattr(self, name) for name in KEPT}
-        torch.save(state, self.dir / "checkpoint.tmp")
-        (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
+        with blamed(f"--run-dir {self.dir}"):
+            torch.save(state, self.dir / "checkpoint.tmp")
+            (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
 
     def load(self):
         """Take back what save wrote."""
@@ -1058,8 +1062,6 @@ class Journal:
         if kind is KeyboardInterrupt:
             print(f"stopped; the last checkpoint, for --resume: {last}", file=sys.stderr)
             raise SystemExit(130)
-        if kind is None:
-            self.save()
 
 
 KEPT = ("step", "seconds", "score", "before", "size")  # of Journal, in a checkpoint
@@ -1073,18 +1075,20 @@ def open_run(folder, args, size):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
         metrics = (folder / "metrics.csv").open("a", buffering=1)
-        metrics.truncate(min(size, metrics.tell()))
+        metrics.seek(metrics.truncate(min(size, metrics.tell())))
     if not args.track:
         return metrics, None
     with blamed("--track"):
         import wandb  # here, so that those who do not --track need not wait for it
 
         return metrics, wandb.init(project=args.wandb_project, config=dataclasses.asdict(args),
-                                   dir=folder, name=folder.name, id=folder.name, resume="allow")
+                                   dir=folder, name=folder.name, id=folder.name,
+                                   resume="allow" if args.resume else "never")
 
 
 def parse(kind):
     """The flags; with --resume, those of the run it names where the command line has none."""
+    sys.stdout.reconfigure(errors="replace")  # not every terminal or pipe can write γ or π
     args = tyro.cli(kind)
     folder = args.resume or getattr(args, "eval_only", "")
     if not folder:
@@ -1106,12 +1110,12 @@ def blamed(cause):
     try:
         yield
     except Exception as error:
-        fail(f"{cause}: {error}")
+        fail(f"{cause}: {type(error).__name__}: {error}")
 
 
 def fail(message):
     """End the program for a mistake of its user: one line on stderr, exit code 2."""
-    print("error: " + " ".join(message.split("\n")[0].split()), file=sys.stderr)
+    print("error: " + " ".join(message.split())[:400], file=sys.stderr)
     raise SystemExit(2)
 
 

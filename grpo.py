@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch==2.13.0", "tyro==1.0.17", "wandb==0.31.0", "tqdm==4.70.1", "tokenizers==0.23.3",
-#     "safetensors==0.8.0", "huggingface-hub==2.4.0", "jinja2==3.1.6",
+#     "safetensors[numpy]==0.8.0", "huggingface-hub==2.4.0", "jinja2==3.1.6",
 # ]
 # ///
 """GRPO: answer each question many times, and do more of what was better than the group's mean.
@@ -155,11 +155,11 @@ def token_weight(mask, loss_type, num_rows, num_tokens, max_completion_length):
 def reward(completion, example):
     """What a completion (text) is worth: put your own here. example: a row of the data, a dict."""
     answer, text = example["answer"].strip(), completion.strip()
-    if {"numbers", "target"} <= example.keys():  # Countdown: of the numbers, each at most once
+    if example.get("task") == "countdown":  # of the numbers, each at most once
         value, used = calculate(text.split("\n")[-1])
         allowed = all(used.count(number) <= example["numbers"].count(number) for number in used)
         return float(value == example["target"] and allowed)
-    numbers = re.findall(r"-?[0-9]+(?:[.][0-9]+)?", text[-200:].replace(",", ""))
+    numbers = re.findall(r"-?[0-9]+(?:[.][0-9]+)?", text.replace(",", ""))
     return float(text == answer or numbers[-1:] == [answer.replace(",", "")])  # or its last number
 
 
@@ -325,6 +325,7 @@ def train(args):
             journal.log(**dict(zip(columns, gather(facts).mean(0))), **means,
                         sampling_tokens_per_second=facts[:, 2].sum() / (clock[1] - clock[0]),
                         update_tokens_per_second=batch.mask.sum() / (clock[2] - clock[1]))
+        journal.save()
         after = examine(sampler, text, heldout, args)
         save_model(journal.dir / "model", model, text)
     if rank == 0:
@@ -408,9 +409,11 @@ def spread(values, mask):
 class Linear(nn.Linear):
     """A linear layer, with rank > 0 plus an adapter that starts at zero: Hu et al. (2021), LoRA."""
 
+    adapted = True  # of all layers; False while the reference policy without adapters is asked
+
     def __init__(self, fan_in, fan_out, bias=False, rank=0):
         super().__init__(fan_in, fan_out, bias)
-        self.rank, self.adapted = rank, True
+        self.rank = rank
         if rank:
             self.weight.requires_grad_(False)
             self.lora_a = nn.Parameter(torch.randn(rank, fan_in) / fan_in**0.5)
@@ -654,7 +657,8 @@ def join(args):
             dist.init_process_group("nccl" if name == "cuda" else "gloo")
         rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
-    torch.manual_seed(args.seed)
+    with blamed(f"--seed {args.seed}"):
+        torch.manual_seed(args.seed)
     return device, rank, world_size
 
 
@@ -775,12 +779,9 @@ def record(step, inputs):
 @torch.no_grad()
 def score_frozen(reference, packs, temperature):
     """Log-probabilities under the reference: with LoRA, the model with its adapters off."""
-    layers = [module for module in reference.modules() if isinstance(module, Linear)]
-    for layer in layers:
-        layer.adapted = False
+    Linear.adapted = False
     logprob, _ = reference(*packs, temperature)
-    for layer in layers:
-        layer.adapted = True
+    Linear.adapted = True
     return logprob
 
 
@@ -842,25 +843,21 @@ def load_model(args, device):
             if param.dim() == 2:
                 nn.init.normal_(param, std=0.1)
         return model.to(device), text
-    try:
+    with blamed(f"--model {args.model}"):  # errors of the hub, files missing, torn or foreign
         folder = Path(args.model)
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
 
             wanted = ["*.json", "*.jinja", "*.safetensors"]
             folder = Path(snapshot_download(args.model, allow_patterns=wanted))
-        config = settled(json.loads((folder / "config.json").read_text()), args.model)
+        config = settled(json.loads((folder / "config.json").read_bytes()), args.model)
         model, text = Decoder(config, *options), Tokenizer(folder)
-        missing = fill(model, folder)
-    except Exception as error:  # of the hub, of files that are missing, torn or foreign
-        fail(f"--model {args.model}: {type(error).__name__}: {error}")
-    if missing:
-        fail(f"--model {args.model}: its safetensors lack {', '.join(missing)}")
+        fill(model, folder)
     return model.to(device), text
 
 
 def fill(model, folder):
-    """Read the folder's safetensors into the model; returns the names that are not there."""
+    """Read the folder's safetensors into the model; ValueError names what they lack."""
     from safetensors import safe_open
 
     params = {name: param for name, param in model.named_parameters() if "lora" not in name}
@@ -868,7 +865,8 @@ def fill(model, folder):
         with safe_open(file, "pt") as tensors:
             for name in params.keys() & set(tensors.keys()):
                 params.pop(name).data.copy_(tensors.get_tensor(name))
-    return list(params)
+    if params:
+        raise ValueError(f"its safetensors lack {', '.join(params)}")
 
 
 def save_model(folder, model, text):
@@ -924,7 +922,9 @@ class Tokenizer:
 
         self.folder = folder
         self.inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        read = {name: json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        self.inner.no_truncation()  # files keep how their last user cut and padded
+        self.inner.no_padding()
+        read = {name: json.loads((folder / name).read_bytes()) if (folder / name).exists() else {}
                 for name in ("config.json", "generation_config.json", "tokenizer_config.json")}
         self.special = {name: value["content"] if isinstance(value, dict) else value
                         for name, value in read["tokenizer_config.json"].items()
@@ -938,17 +938,19 @@ class Tokenizer:
             raise ValueError("neither config.json nor the tokenizer names an end-of-sequence token")
         template = read["tokenizer_config.json"].get("chat_template")
         if (folder / "chat_template.jinja").exists():
-            template = (folder / "chat_template.jinja").read_text()
-        jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        jinja.globals["raise_exception"] = complain
-        jinja.globals["strftime_now"] = time.strftime
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        if isinstance(template, list):  # several, by name
+            template = {each["name"]: each["template"] for each in template}.get("default")
+        jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        jinja.globals.update(raise_exception=complain, strftime_now=time.strftime)
         self.template = jinja.from_string(template) if isinstance(template, str) else None
 
     def encode(self, prompt):
         """Token ids of a text as it stands, or of chat messages through the chat template."""
         if not isinstance(prompt, str):
-            if self.template is None:
-                raise ValueError("the model has no chat template: give the prompt as text")
+            if self.template is None or not prompt:
+                raise ValueError("no message, or the model has no chat template: give text")
             prompt = self.template.render(
                 messages=prompt, add_generation_prompt=True, **self.special)
         return self.inner.encode(prompt, add_special_tokens=False).ids
@@ -994,8 +996,8 @@ def countdown(rng, tiny):
                     "brackets. Answer with the expression alone.")
         prompt = [{"role": "user", "content": question}]
     teacher = expression(rng, numbers) if rng.random() < 0.7 else answer
-    return {"prompt": prompt, "answer": answer, "numbers": numbers, "target": int(target),
-            "teacher": teacher}
+    return {"task": "countdown", "prompt": prompt, "answer": answer, "numbers": numbers,
+            "target": int(target), "teacher": teacher}
 
 
 def expression(rng, numbers):
@@ -1061,32 +1063,30 @@ def load_examples(args, text, context):
 
 
 def lot(example):
-    """A number from 0 to 1 that belongs to the prompt."""
+    """A number from 0 to 1 that belongs to the prompt; 12+34 has another than 34+12."""
     return random.Random(json.dumps(example["prompt"])).random()
 
 
 def read_rows(args, text, room):
     """The rows of --data, prompts of at most `room` tokens; a bad row ends the program."""
     rows, fits = [], False
-    try:
+    with blamed(f"--data {args.data}"):
         lines = Path(args.data).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"--data {args.data}: {error}")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
+        with blamed(f"--data {args.data}, line {number}"):
             row = json.loads(line)
             if not isinstance(row, dict) or not {"prompt", "answer"} <= row.keys():
                 raise ValueError("needs `prompt` and `answer`")
+            if type(row["answer"]) not in (str, int, float) or row["answer"] == "":
+                raise ValueError("`answer` must be a text or a number")
             row["answer"] = str(row["answer"])
             length = len(text.encode(row["prompt"]))
             if not 0 < length <= room:
                 raise ValueError(f"its prompt has {length} tokens, there is room for 1 to {room}")
             fits |= len(text.encode(row["answer"])) <= args.max_completion_length
             rows.append(row)
-        except Exception as error:  # of json, of a stranger's chat template, of the tokenizer
-            fail(f"--data {args.data}, line {number}: {error}")
     if not rows or not fits:
         fail(f"--data {args.data}: " + ("no answer fits --max-completion-length "
              f"{args.max_completion_length}" if rows else "holds no rows"))
@@ -1126,7 +1126,7 @@ def answers(sampler, text, examples, temperature, args):
     for start in range(0, len(mine), 64):
         prompts = [text.encode(example["prompt"]) for example in mine[start:start + 64]]
         tokens, length, *_ = sample(sampler, prompts, 1, args.max_completion_length, temperature,
-                                    text.stop_ids, args.seed)
+                                    text.stop_ids, args.seed + start)
         texts += [text.decode(row[:n]) for row, n in zip(tokens.tolist(), length.tolist())]
     rewards = torch.tensor([reward(*pair) for pair in zip(texts, mine)], dtype=torch.float)
     return gather(rewards).mean().item(), texts
@@ -1231,8 +1231,9 @@ class Journal:
             return
         state["args"] = dataclasses.asdict(self.args)
         state["run"] = {name: getattr(self, name) for name in KEPT}
-        torch.save(state, self.dir / "checkpoint.tmp")
-        (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
+        with blamed(f"--run-dir {self.dir}"):
+            torch.save(state, self.dir / "checkpoint.tmp")
+            (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
 
     def load(self):
         """Take back what save wrote."""
@@ -1259,8 +1260,6 @@ class Journal:
         if kind is KeyboardInterrupt:
             print(f"stopped; the last checkpoint, for --resume: {last}", file=sys.stderr)
             raise SystemExit(130)
-        if kind is None:
-            self.save()
 
 
 KEPT = ("step", "seconds", "score", "before", "size")  # of Journal, in a checkpoint
@@ -1274,18 +1273,20 @@ def open_run(folder, args, size):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
         metrics = (folder / "metrics.csv").open("a", buffering=1)
-        metrics.truncate(min(size, metrics.tell()))
+        metrics.seek(metrics.truncate(min(size, metrics.tell())))
     if not args.track:
         return metrics, None
     with blamed("--track"):
         import wandb  # here, so that those who do not --track need not wait for it
 
         return metrics, wandb.init(project=args.wandb_project, config=dataclasses.asdict(args),
-                                   dir=folder, name=folder.name, id=folder.name, resume="allow")
+                                   dir=folder, name=folder.name, id=folder.name,
+                                   resume="allow" if args.resume else "never")
 
 
 def parse(kind):
     """The flags; with --resume, those of the run it names where the command line has none."""
+    sys.stdout.reconfigure(errors="replace")  # not every terminal or pipe can write γ or π
     args = tyro.cli(kind)
     folder = args.resume or getattr(args, "eval_only", "")
     if not folder:
@@ -1307,12 +1308,12 @@ def blamed(cause):
     try:
         yield
     except Exception as error:
-        fail(f"{cause}: {error}")
+        fail(f"{cause}: {type(error).__name__}: {error}")
 
 
 def fail(message):
     """End the program for a mistake of its user: one line on stderr, exit code 2."""
-    print("error: " + " ".join(message.split("\n")[0].split()), file=sys.stderr)
+    print("error: " + " ".join(message.split())[:400], file=sys.stderr)
     raise SystemExit(2)
 
 

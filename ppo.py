@@ -503,7 +503,8 @@ class VectorEnv:
         """Begin new episodes, the same for the same list of integers `seed`; returns obs (N, O)."""
         seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) >> 1  # to fit in 31 bits
         obs, info = self.envs.reset(seed=seed)
-        self.gives_tensors, self.frame = torch.is_tensor(obs), info.get("episode_frame_number")
+        self.gives_tensors = torch.is_tensor(obs)
+        self.frame = info.get("episode_frame_number") if self.same_step else None
         self.ended = torch.zeros(len(obs), dtype=torch.bool)
         return self.observe(obs)
 
@@ -519,7 +520,7 @@ class VectorEnv:
         terminated, truncated = self.tensor("", terminated), self.tensor("", truncated)
         done, obs = terminated | truncated, self.observe(obs)
         over = done
-        if self.frame is not None:  # Atari: a new game counts its frames from zero again
+        if self.frame is not None:  # native Atari: a life ended, or a game, if frames restart
             frame, self.frame = self.frame, info["episode_frame_number"].copy()
             over = truncated | torch.from_numpy(self.frame < frame)
         valid = torch.ones_like(done) if self.same_step else ~self.ended.to(done.device)
@@ -535,7 +536,7 @@ class VectorEnv:
         if self.choices:
             action = action + torch.as_tensor(getattr(self.space, "start", 0), device=action.device)
         else:
-            low, high = (torch.as_tensor(bound, device=action.device)
+            low, high = (torch.as_tensor(bound, dtype=action.dtype, device=action.device)
                          for bound in (self.space.low, self.space.high))
             action = action.clamp(low, high)                                      # [C9]
         return action if self.gives_tensors else action.cpu().numpy().astype(self.space.dtype)
@@ -549,7 +550,7 @@ class VectorEnv:
 
     def tensor(self, name, array):
         tensor = torch.as_tensor(array).clone()  # environments may write to theirs again
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise FloatingPointError(name)
         return tensor
 
@@ -641,7 +642,8 @@ def evaluate_agent(args, agent, device, folder):
         spread = f"± {total.std(correction=0):.1f} ({total.min():.1f} to {total.max():.1f})"
         tqdm.write(f"evaluation: {len(total)} episodes, mean return {total.mean():.1f} {spread}")
     if args.video:
-        play(args, agent, device, 1, video=str(folder))
+        with blamed("--video"):
+            play(args, agent, device, 1, video=str(folder))
         tqdm.write(f"video: in {folder}")
 
 
@@ -732,10 +734,11 @@ class Run:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state["args"] = dataclasses.asdict(self.args)
         state["run"] = {name: getattr(self, name) for name in KEPT}
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
         state["rng"] = [torch.get_rng_state(), *cuda]
-        torch.save(state, self.dir / "checkpoint.tmp")
-        (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
+        with blamed(f"--run-dir {self.dir}"):
+            torch.save(state, self.dir / "checkpoint.tmp")
+            (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
 
     def load(self):
         """Take back what save wrote."""
@@ -747,7 +750,8 @@ class Run:
                 part.load_state_dict(state[name])
             vars(self).update({name: state["run"][name] for name in KEPT})
             torch.set_rng_state(state["rng"][0])
-            torch.cuda.set_rng_state_all(state["rng"][1:])
+            if torch.cuda.is_initialized() and state["rng"][1:]:
+                torch.cuda.set_rng_state(state["rng"][1])
 
     def __enter__(self):
         return self
@@ -760,7 +764,6 @@ class Run:
             print(f"stopped; go on with --resume {self.dir}", file=sys.stderr)
             raise SystemExit(130)
         if kind is None and self.writes:
-            self.save()
             took = f"{self.step:,} steps, {self.seconds:.1f} s{self.passed}"
             print(f"score {self.score:.1f} after {took}; files in {self.dir}")
 
@@ -776,14 +779,15 @@ def open_run(folder, args, size):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
         metrics = (folder / "metrics.csv").open("a", buffering=1)
-        metrics.truncate(min(size, metrics.tell()))
+        metrics.seek(metrics.truncate(min(size, metrics.tell())))
     if not args.track:
         return metrics, None
     with blamed("--track"):
         import wandb  # here, so that those who do not --track need not wait for it
 
         return metrics, wandb.init(project=args.wandb_project, config=dataclasses.asdict(args),
-                                   dir=folder, name=folder.name, id=folder.name, resume="allow")
+                                   dir=folder, name=folder.name, id=folder.name,
+                                   resume="allow" if args.resume else "never")
 
 
 def prepare(args):
@@ -795,7 +799,8 @@ def prepare(args):
         low = -1e300 if name in ("stop-at", "log-std") else low
         if type(value) in (int, float) and not low <= value <= high:
             fail(f"--{name} {value}: must be at least {low}" + " and at most 1" * (high == 1))
-    torch.manual_seed(args.seed)
+    with blamed(f"--seed {args.seed}"):
+        torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # layers this small lose more than they gain by a second thread
     name = args.device
     if name == "auto":
@@ -807,6 +812,7 @@ def prepare(args):
 
 def parse(kind):
     """The flags; with --resume, those of the run it names where the command line has none."""
+    sys.stdout.reconfigure(errors="replace")  # not every terminal or pipe can write γ or π
     args = tyro.cli(kind)
     folder = args.resume or getattr(args, "eval_only", "")
     if not folder:
@@ -828,12 +834,12 @@ def blamed(cause):
     try:
         yield
     except Exception as error:
-        fail(f"{cause}: {error}")
+        fail(f"{cause}: {type(error).__name__}: {error}")
 
 
 def fail(message):
     """End the program for a mistake of its user: one line on stderr, exit code 2."""
-    print("error: " + " ".join(message.split("\n")[0].split()), file=sys.stderr)
+    print("error: " + " ".join(message.split())[:400], file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -234,8 +234,9 @@ class Envs:
     def __init__(self, env_id, num_envs, device):
         with blamed(f"--env-id {env_id}"):
             self.envs = gym.make_vec(env_id, num_envs)
-        self.device, self.action_space = device, self.envs.single_action_space
-        obs_space, mode = self.envs.single_observation_space, self.envs.metadata["autoreset_mode"]
+        self.device, mode = device, self.envs.metadata.get("autoreset_mode")
+        obs_space, self.action_space = (
+            self.envs.single_observation_space, self.envs.single_action_space)
         if not isinstance(obs_space, Box) or not isinstance(self.action_space, (Discrete, Box)):
             fail(f"--env-id {env_id}: its observations are {obs_space}, its actions "
                  f"{self.action_space}; supported are Box, and Discrete or Box")
@@ -247,25 +248,26 @@ class Envs:
     def reset(self, seed):
         """Begin new episodes, the same for the same list of integers `seed`; returns obs (N, O)."""
         seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) >> 1  # to fit in 31 bits
-        return self.tensor("observation", self.envs.reset(seed=seed)[0]).flatten(1)
+        return self.tensor("observation", self.envs.reset(seed=seed)[0]).view(-1, self.obs_size)
 
     def step(self, action):
         """obs (N, O), reward, terminated and truncated (N,), from actions as the policy draws."""
         action = action.cpu().numpy()
         if isinstance(self.action_space, Box):  # clipped for the environment alone
             low, high = self.action_space.low, self.action_space.high
-            action = action.reshape(-1, *low.shape).clip(low, high)
+            action = action.reshape(-1, *low.shape).clip(low, high).astype(low.dtype)
         else:
             action = action + self.action_space.start
         obs, reward, *ends, _ = self.envs.step(action)
         terminated, truncated = (torch.tensor(end, device=self.device) for end in ends)
-        obs = self.tensor("observation", obs).flatten(1)
+        obs = self.tensor("observation", obs).view(-1, self.obs_size)
         return obs, self.tensor("reward", reward), terminated, truncated
 
     def tensor(self, name, array):
-        if not np.isfinite(array).all():
+        tensor = torch.tensor(array, dtype=torch.float32)  # always a copy
+        if not tensor.isfinite().all():
             raise FloatingPointError(name)
-        return torch.tensor(array, dtype=torch.float32, device=self.device)  # always a copy
+        return tensor.to(self.device)
 
 
 @torch.no_grad()
@@ -359,10 +361,11 @@ class Run:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state["args"] = dataclasses.asdict(self.args)
         state["run"] = {name: getattr(self, name) for name in KEPT}
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
         state["rng"] = [torch.get_rng_state(), *cuda]
-        torch.save(state, self.dir / "checkpoint.tmp")
-        (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
+        with blamed(f"--run-dir {self.dir}"):
+            torch.save(state, self.dir / "checkpoint.tmp")
+            (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
 
     def load(self):
         """Take back what save wrote."""
@@ -374,7 +377,8 @@ class Run:
                 part.load_state_dict(state[name])
             vars(self).update({name: state["run"][name] for name in KEPT})
             torch.set_rng_state(state["rng"][0])
-            torch.cuda.set_rng_state_all(state["rng"][1:])
+            if torch.cuda.is_initialized() and state["rng"][1:]:
+                torch.cuda.set_rng_state(state["rng"][1])
 
     def __enter__(self):
         return self
@@ -387,7 +391,6 @@ class Run:
             print(f"stopped; go on with --resume {self.dir}", file=sys.stderr)
             raise SystemExit(130)
         if kind is None and self.writes:
-            self.save()
             took = f"{self.step:,} steps, {self.seconds:.1f} s{self.passed}"
             print(f"score {self.score:.1f} after {took}; files in {self.dir}")
 
@@ -403,14 +406,15 @@ def open_run(folder, args, size):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
         metrics = (folder / "metrics.csv").open("a", buffering=1)
-        metrics.truncate(min(size, metrics.tell()))
+        metrics.seek(metrics.truncate(min(size, metrics.tell())))
     if not args.track:
         return metrics, None
     with blamed("--track"):
         import wandb  # here, so that those who do not --track need not wait for it
 
         return metrics, wandb.init(project=args.wandb_project, config=dataclasses.asdict(args),
-                                   dir=folder, name=folder.name, id=folder.name, resume="allow")
+                                   dir=folder, name=folder.name, id=folder.name,
+                                   resume="allow" if args.resume else "never")
 
 
 def prepare(args):
@@ -422,7 +426,8 @@ def prepare(args):
         low = -1e300 if name in ("stop-at", "log-std") else low
         if type(value) in (int, float) and not low <= value <= high:
             fail(f"--{name} {value}: must be at least {low}" + " and at most 1" * (high == 1))
-    torch.manual_seed(args.seed)
+    with blamed(f"--seed {args.seed}"):
+        torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # layers this small lose more than they gain by a second thread
     name = args.device
     if name == "auto":
@@ -434,6 +439,7 @@ def prepare(args):
 
 def parse(kind):
     """The flags; with --resume, those of the run it names where the command line has none."""
+    sys.stdout.reconfigure(errors="replace")  # not every terminal or pipe can write γ or π
     args = tyro.cli(kind)
     folder = args.resume or getattr(args, "eval_only", "")
     if not folder:
@@ -455,12 +461,12 @@ def blamed(cause):
     try:
         yield
     except Exception as error:
-        fail(f"{cause}: {error}")
+        fail(f"{cause}: {type(error).__name__}: {error}")
 
 
 def fail(message):
     """End the program for a mistake of its user: one line on stderr, exit code 2."""
-    print("error: " + " ".join(message.split("\n")[0].split()), file=sys.stderr)
+    print("error: " + " ".join(message.split())[:400], file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -111,6 +111,7 @@ SPACES = {
     "stack": Box(0, 255, (4, 40, 36, 3), np.uint8),
     "gray": Box(0, 255, (40, 36), np.uint8),
     "tiny": Box(0, 255, (7, 7, 3), np.uint8),
+    "number": Box(-1, 1, (), np.float32),
 }
 for name in SPACES:
     gym.register(f"Sees-{name}-v0", Spaces, kwargs={"obs": name, "action": "discrete"})

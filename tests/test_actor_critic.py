@@ -377,6 +377,21 @@ def test_reset_only_steps_change_nothing(monkeypatch):
     assert torch.equal(*weights)
 
 
+def test_a_step_that_only_resets_moves_no_weights(monkeypatch):
+    """Not by Adam's momentum either, which is what a lone environment would show."""
+    step, moves, run = torch.optim.Adam.step, [], OneUpdate(updates=3)
+
+    def watched(self, *args):
+        moves.append(1)
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    monkeypatch.setattr(actor_critic, "Run", run)
+    actor_critic.train(actor_critic.Args(num_envs=1, total_timesteps=10_000))
+    steps, ends = sum(row[0] for row in run.rows), sum(len(row[1]) for row in run.rows)
+    assert ends > 2 and len(moves) in (steps - ends, steps - ends + 1)  # the last may still reset
+
+
 def test_episode_returns_across_batches():
     reward = torch.tensor([[1.0, 1.0], [2.0, 1.0], [0.0, 1.0], [4.0, 1.0]])
     done = torch.tensor([[False, False], [True, False], [False, False], [False, True]])

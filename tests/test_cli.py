@@ -396,3 +396,52 @@ def test_metrics_that_are_lost_begin_with_a_header_again(script, capsys, tmp_pat
     (tmp_path / "metrics.csv").unlink()
     assert call(script, capsys, "--resume", tmp_path, "--total-timesteps", 3 * steps)[0] == 0
     assert (tmp_path / "metrics.csv").read_text().splitlines()[0] == header
+
+
+def test_a_run_stopped_before_its_first_checkpoint_keeps_its_header(
+    script, capsys, tmp_path, monkeypatch
+):
+    """Twice stopped, twice resumed: one header, and the rows of the last."""
+    log, calls = script.Run.log, []
+
+    def interrupted(run, *args, **means):
+        log(run, *args, **means)
+        calls.append(1)
+        if len(calls) in (2, 4):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.Run, "log", interrupted)
+    assert call(script, capsys, "--run-dir", tmp_path, "--checkpoint-every", 999)[0] == 130
+    assert call(script, capsys, "--resume", tmp_path)[0] == 130
+    steps = SHORT[script.__name__]
+    assert call(script, capsys, "--resume", tmp_path, "--total-timesteps", steps)[0] == 0
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert lines[0].startswith("step,seconds,score,")
+    rows = [int(line.split(",")[0]) for line in lines[1:]]
+    assert len(rows) == len(calls) - 4 and rows == sorted(rows)
+
+
+def test_a_full_disk_ends_in_one_line(script, capsys, tmp_path, monkeypatch):
+    save, calls = torch.save, []
+
+    def full(state, path):
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("no space left")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    flags = ["--run-dir", tmp_path, "--checkpoint-every", 1, "--total-timesteps", 20_000]
+    one_line(*call(script, capsys, *flags), str(tmp_path), "no space left")
+    script.torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+
+
+def test_a_seed_that_torch_does_not_take(script, capsys):
+    one_line(*call(script, capsys, "--seed", 10**20), f"--seed {10**20}")
+
+
+@pytest.mark.parametrize("name", [*LADDER, "grpo", "dpo"])
+def test_help_where_letters_are_missing(name, tmp_path):
+    """As on a pipe of Windows."""
+    done = command(name, "--help", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "--track" in done.stdout, done.stderr

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 
@@ -226,6 +227,28 @@ def test_chat_templates_are_those_of_transformers(place, tmp_path):
         messages, add_generation_prompt=True
     )["input_ids"]
     assert text.encode(messages) == list(expected) and text.stop_ids == [3, 17]
+
+
+def test_templates_by_name_and_with_loop_controls(tmp_path):
+    write(tmp_path, "llama")
+    first = "{% for m in messages %}{{ m['content'] }}{% break %}{% endfor %}"
+    config = {"eos_token": "w3", "chat_template": [{"name": "tools", "template": "w1"},
+                                                   {"name": "default", "template": first}]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    messages = [{"role": "user", "content": text} for text in ("w5 w6", "w7")]
+    text = load(tmp_path)[1]
+    assert text.encode(messages) == [5, 6]
+    with pytest.raises(ValueError, match="no message"):
+        text.encode([])
+
+
+def test_how_the_last_user_cut_and_padded_is_forgotten(tmp_path):
+    write(tmp_path, "llama")
+    kept = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    kept.enable_truncation(3)
+    kept.enable_padding(length=8, pad_id=3, pad_token="w3")
+    kept.save(str(tmp_path / "tokenizer.json"))
+    assert load(tmp_path)[1].encode("w5 w1 w5 w1 w5") == [5, 1, 5, 1, 5]
 
 
 def test_a_template_cannot_reach_the_system(tmp_path):

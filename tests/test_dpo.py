@@ -675,3 +675,11 @@ def test_a_real_model(smollm2, tmp_path, capsys):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert os.path.exists(tmp_path / "run" / "model" / "tokenizer.json")
     assert F.cosine_similarity(again.model.norm.weight, peer.model.norm.weight, 0) > 0.99
+
+
+def test_what_was_learned_is_kept_when_the_end_goes_wrong(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dpo, "conclude", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(capsys, *SHORT, "--max-steps", 3, "--run-dir", tmp_path)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["run"]["step"] == 3
+    assert (tmp_path / "model" / "model.safetensors").exists()

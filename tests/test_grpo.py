@@ -607,15 +607,19 @@ HOSTILE = st.text(st.sampled_from("0123456789+-*/() \n_.,eE'xab[]{}:=\\٣²"), m
 def test_calculator_never_raises(text):
     value, numbers = grpo.calculate(text)
     assert value is None or (value == value and all(n >= 0 for n in numbers))
-    example = {"prompt": "", "answer": "1", "numbers": [1, 2, 3], "target": 6}
+    example = {"task": "countdown", "answer": "1", "numbers": [1, 2, 3], "target": 6}
     assert grpo.reward(text, example) in (0.0, 1.0)
 
 
 def test_rewards():
-    count = {"numbers": [3, 3, 50], "target": 9, "answer": "3*3"}
+    count = {"task": "countdown", "numbers": [3, 3, 50], "target": 9, "answer": "3*3"}
     worth = [("3*3", 1), ("I think\n3*3", 1), ("3+3+3", 0), ("50-41", 0), ("9", 0), ("3*3=9", 0)]
     for text, value in worth:
         assert grpo.reward(text, count) == value, text
+    long = "So it is 142" + "." * 198
+    assert grpo.reward(long, {"answer": "42"}) == 0 and grpo.reward(long, {"answer": "142"}) == 1
+    others = {"answer": "7", "numbers": "3 4", "target": 7}  # columns of someone's own
+    assert grpo.reward("3+4", others) == 0 and grpo.reward("7", others) == 1
     number = {"answer": "1234"}
     for text, value in [("1234", 1), ("It is 1,234.", 1), ("1234 or 5", 0), ("12345", 0), ("", 0)]:
         assert grpo.reward(text, number) == value, text
@@ -692,6 +696,9 @@ GOOD = {"prompt": "1+1=", "answer": "2"}
         ([GOOD, "{"], ["line 2"]),
         ([GOOD, "", [1]], ["line 3", "prompt"]),
         ([{"prompt": "1"}], ["line 1", "answer"]),
+        ([GOOD | {"answer": None}], ["line 1", "answer"]),
+        ([GOOD | {"answer": ""}], ["line 1", "answer"]),
+        ([GOOD | {"answer": True}], ["line 1", "answer"]),
         ([GOOD, {"prompt": "1" * 70, "answer": "1"}], ["line 2", "70 tokens"]),
         ([{"prompt": "", "answer": "1"}], ["line 1"]),
         ([GOOD, {"prompt": "é", "answer": "1"}], ["line 2"]),
@@ -972,3 +979,17 @@ def test_a_real_run_of_two_processes(tmp_path, capsys):
     torchrun(ROOT / "grpo.py", "--resume", run, "--max-steps", 3)
     assert call(capsys, "--resume", run, "--max-steps", 4)[0] == 0
     assert len((run / "metrics.csv").read_text().splitlines()) == 5
+
+
+def test_what_was_learned_is_kept_when_the_end_goes_wrong(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(grpo, "save_model", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(capsys, *SHORT, "--max-steps", 3, "--run-dir", tmp_path)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["run"]["step"] == 3
+
+
+def test_a_run_killed_before_its_first_checkpoint_can_begin_again(tmp_path, capsys):
+    (tmp_path / "metrics.csv").write_text("step,seconds\n1,2\n2,3\n")
+    assert call(capsys, *SHORT, "--max-steps", 2, "--run-dir", tmp_path)[0] == 0
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert lines[0].startswith("step,seconds,score,reward") and len(lines) == 3

@@ -1,6 +1,7 @@
 """Distributions of the simpler scripts and what reaches the environment; ppo: test_ppo_envs.py."""
 
 import numpy as np
+import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 
@@ -80,3 +81,23 @@ def test_observations_are_copies(simple):
     tensor = envs.tensor("observation", array)
     array += 1
     assert not tensor.any()
+
+
+def test_actions_have_the_type_of_their_space(simple):
+    envs = simple.Envs("scripted:Does-whole-v0", 2, torch.device("cpu"))
+    envs.reset([0])
+    envs.step(torch.tensor([[0.5, 30.0, -2.0], [1.0, 2.0, 3.0]]))  # which asserts it
+
+
+def test_observations_without_an_axis(simple):
+    envs = simple.Envs("scripted:Sees-number-v0", 3, torch.device("cpu"))
+    assert envs.reset([0]).shape == envs.step(torch.tensor([0, 1, 0]))[0].shape == (3, 1)
+
+
+def test_numbers_beyond_float32_are_not_finite(script):
+    kind = script.VectorEnv if script.__name__ == "ppo" else script.Envs
+    envs = object.__new__(kind)
+    envs.device = torch.device("cpu")
+    assert envs.tensor("observation", np.full(2, 1e38)).isfinite().all()
+    with pytest.raises(FloatingPointError, match="observation"):
+        envs.tensor("observation", np.full(2, 1e39))

@@ -572,6 +572,25 @@ def test_atari_through_plain_wrappers_and_resume(tmp_path):
         ppo.train(ppo.Args(total_timesteps=96, resume=str(tmp_path / mode), **args))
 
 
+def test_a_game_that_a_time_limit_cuts_off_counts_once():
+    """Its reset-only step is no second end, though the frame number falls there."""
+    pytest.importorskip("ale_py")
+    pytest.importorskip("cv2")
+    import ale_py
+
+    gym.register_envs(ale_py)
+    if "ALE/Short-v5" not in gym.registry:
+        spec = gym.spec("ALE/Pong-v5")
+        gym.register("ALE/Short-v5", spec.entry_point, kwargs=spec.kwargs | {"frameskip": 1},
+                     max_episode_steps=40)
+    envs = ppo.VectorEnv(ppo.Args(env_id="ALE/Short-v5", vectorization="sync"), 1,
+                         torch.device("cpu"))
+    envs.reset([1])
+    steps = [envs.step(torch.zeros(1, 1, dtype=torch.long))[3:] for _ in range(60)]
+    done, over, valid = (torch.cat([step[i] for step in steps]) for i in (1, 2, 3))
+    assert done.sum() >= 3 and torch.equal(over, done) and (over & ~valid).sum() == 0
+
+
 def test_pixels_are_scaled_to_one():
     agent = ppo.Agent((4, 84, 84), [3], 1)
     image = torch.randint(256, (5, 2, 4, 84, 84), dtype=torch.uint8)
