@@ -1,11 +1,16 @@
 """What the tests share: the scripts as modules, and a stand-in for Run that soon stops."""
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+# Two tests run at a time, some of them with two threads: a thread that waits shall not spin. Read
+# when torch is loaded, and by the processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "ppo"]
