@@ -10,7 +10,7 @@ import pytest
 # Two tests run at a time, some of them with two threads: a thread that waits shall not spin. Read
 # when torch is loaded, and by the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-import torch  # noqa: E402
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "ppo"]
