@@ -48,7 +48,7 @@ TASKS = [  # (task, flags beside the presets, goal, seeds)
     ("HalfCheetah-v5", "--num-envs 64 --num-steps 32", 5500, 10),
     ("Hopper-v5", "", 2600, 5),
     ("Walker2d-v5", "", 4000, 5),
-    ("ALE/Breakout-v5", "--total-timesteps 500000 --bf16", "clearly above random play (about 1)", 1),
+    ("ALE/Breakout-v5", "--total-timesteps 500000 --bf16", "well above random play (about 1)", 1),
 ]
 EQUAL = [  # (task, settings, flags of ppo.py, (environments, keywords) of the peer, steps)
     ("CartPole-v1", "ours", "", (64, {"n_steps": 32, "batch_size": 256, "n_epochs": 3,
