@@ -11,10 +11,10 @@ ablations.csv   parts control and sums: a row for each run of a script with one 
                 greedy accuracy).
 lines.csv       a row for each mutant of tests/mutants that CartPole-v1 or the sums can show, and
                 one for each script as it is, with the flags that show it: the interquartile mean
-                of the score at the end, the lowest and the highest. CartPole-v1: 100,000 steps,
-                seeds 11 to 20. The sums: seeds 11 to 15, from the imitators of the scripts as they
-                are; the score is held-out accuracy, greedy (grpo) or of pairs (dpo). A run that
-                broke off counts with its last score.
+                of the score at the end, the lowest and the highest, seeds 11 to 20. CartPole-v1:
+                100,000 steps. The sums: from the imitators of the scripts as they are; the score
+                is held-out accuracy, greedy (grpo) or of pairs (dpo). A run that broke off counts
+                with its last score.
 ablations.json  for each part: commit, date, machine, versions, command.
 
 Two runs at a time, one thread each: nothing here is timed.
@@ -130,7 +130,7 @@ def train_seeds(script, folder, flags, imitators):
 
     os.cpu_count = lambda: 1  # from which grpo.py and dpo.py take the number of their threads
     sys.path.insert(0, folder)
-    module, scores, language = __import__(script), [], script in LINE_FLAGS
+    module, scores = __import__(script), []
 
     teach = getattr(module, "imitate", None)
 
@@ -143,7 +143,7 @@ def train_seeds(script, folder, flags, imitators):
             torch.save(model.state_dict(), path)
 
     module.imitate = imitate
-    for seed in SEEDS if language else LINE_SEEDS:
+    for seed in LINE_SEEDS:
         run = Path(folder, str(seed))
         args = tyro.cli(module.Args, args=[*shlex.split(flags), "--seed", str(seed), "--run-dir",
                                            str(run)])
