@@ -60,10 +60,10 @@ from tqdm import tqdm
 class Args:
     model: str = ""  # folder or hub id of a Llama, Qwen2 or Qwen3; default: a tiny GPT, taught here
     data: str = ""  # JSON lines: `prompt` (text or chat messages), `chosen`, `rejected` (text)
-    train_pairs: int = 30_000  # how many to make where there is no --data
+    train_pairs: int = 25_000  # how many to make where there is no --data
     skip_bad_rows: bool = False  # leave out rows that cannot be used, and say how many
     seed: int = 1  # of the weights, the pairs and their order
-    max_steps: int = 500  # batches to learn from
+    max_steps: int = 400  # batches to learn from
     num_pairs: int | None = None  # pairs of a batch, in all processes; None: 256, else 16
     learning_rate: float | None = None  # AdamW's step size; None: 5e-4 for the tiny GPT, else 1e-6
     max_grad_norm: float = 1.0  # longest gradient
@@ -74,7 +74,7 @@ class Args:
     reference_free: bool = False  # leave π_ref out [C1]
     gamma_margin: float = 0.0  # γ, what R of the better answer shall be ahead [C1]
     nll_coef: float = 0.0  # weight of the better answer's −log π per token [C1]
-    imitation_steps: int = 400  # of the tiny GPT, before DPO
+    imitation_steps: int = 500  # of the tiny GPT, before DPO
     eval_every: int = 20  # batches from one held-out evaluation to the next
     eval_pairs: int = 256  # held-out pairs
     tokens_per_micro_batch: int | None = None  # limits memory; None: 8192, with --model 1024 [C5]
@@ -932,9 +932,9 @@ def lot(example):
 
 
 def imitate(model, text, draw, args):
-    """Teach the tiny GPT to write as the teacher does: maximum likelihood, by AdamW."""
+    """Teach the tiny GPT to write as the teacher does: maximum likelihood, by Adam."""
     rng = random.Random(f"teacher {args.seed}")
-    optimizer = torch.optim.AdamW(model.parameters(), 0.0, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=True)
     shows = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     for step in tqdm(range(args.imitation_steps), "imitation", leave=False, disable=not shows):
         left = 1 - step / args.imitation_steps

@@ -80,7 +80,7 @@ class Args:
     beta: float | None = None  # β, weight of KL(π‖π_ref) to the policy before training
     num_iterations: int = 1  # updates with each batch
     mask_truncated_completions: bool = False  # learn nothing from those that did not end
-    imitation_steps: int = 400  # of the tiny GPT, before GRPO
+    imitation_steps: int = 500  # of the tiny GPT, before GRPO
     eval_every: int = 20  # batches from one held-out evaluation to the next
     eval_prompts: int = 256  # held-out prompts of an evaluation
     tokens_per_micro_batch: int = 8192  # a limit to memory; changes no gradient [C5]
@@ -1094,9 +1094,9 @@ def read_rows(args, text, room):
 
 
 def imitate(model, text, draw, args):
-    """Teach the tiny GPT to write as the teacher does: maximum likelihood, by AdamW."""
+    """Teach the tiny GPT to write as the teacher does: maximum likelihood, by Adam."""
     rng = random.Random(f"teacher {args.seed}")
-    optimizer = torch.optim.AdamW(model.parameters(), 0.0, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=True)
     shows = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     for step in tqdm(range(args.imitation_steps), "imitation", leave=False, disable=not shows):
         left = 1 - step / args.imitation_steps
