@@ -45,7 +45,8 @@ listed, too, and say so.
 EFFECT = """
 Where an entry ends in two scores, the broken copy and the script as it is were trained with the
 same seeds (`benchmarks/lines.csv` has the flags): on CartPole-v1 for 100,000 steps, ten seeds, or
-on the sums, five; each number is the interquartile mean of the score at the end.
+on the sums, five, with a tiny GPT twice as large as today's, whose teacher forgot seven times in
+ten; each number is the interquartile mean of the score at the end.
 {harmless} of {shown} broken copies end at 95 % of the right one's score or above. That is why such
 bugs live: the learning curve does not show them, and a test has to.
 """
