@@ -425,7 +425,7 @@ SHORT = [
 
 
 def run(capsys, *args):
-    with mock.patch.dict(sys.modules, {"grpo": dpo}), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("test_grpo.grpo", dpo)
         return call(capsys, *args)
 
