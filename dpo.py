@@ -469,7 +469,7 @@ def settle_values(args, values, rank):
             fail(f"--{flag} {value}: must be at least {low}")
     if rank == 0:
         chosen = [f"{name.replace('_', '-')} {value}" for name, value in values.items()]
-        print(f"{torch.get_num_threads()} thread(s) a process;", ", ".join(chosen))
+        print(f"{torch.get_num_threads()} thread(s) a process", *chosen, sep=", ")
     return args
 
 
