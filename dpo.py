@@ -59,12 +59,12 @@ from tqdm import tqdm
 @dataclasses.dataclass(frozen=True)
 class Args:
     model: str = ""  # folder or hub id of a Llama, Qwen2 or Qwen3; default: a tiny GPT, taught here
-    data: str = ""  # JSON lines: `prompt` (text or chat messages), `chosen`, `rejected` (text)
+    data: str = ""  # JSON lines: `prompt`, `chosen`, `rejected`, text or messages (one an answer)
     train_pairs: int = 25_000  # how many to make where there is no --data
     skip_bad_rows: bool = False  # leave out rows that cannot be used, and say how many
     seed: int = 1  # of the weights, the pairs and their order
     max_steps: int = 400  # batches to learn from
-    num_pairs: int | None = None  # pairs of a batch, in all processes; None: 256, else 16
+    num_pairs: int | None = None  # pairs of a batch, in all processes; None: 256, with --model 16
     learning_rate: float | None = None  # AdamW's step size; None: 5e-4 for the tiny GPT, else 1e-6
     max_grad_norm: float = 1.0  # longest gradient
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"  # [C1]
@@ -288,7 +288,7 @@ def make_pairs(model, text, rng, count, held_out):
     """Pairs of answers that the model gives, labelled by chance as Bradley and Terry have it.
 
     The one with reward r is the better with probability σ(r − r'). Of each prompt four pairs of
-    different answers, the seldom as often as the usual, and drawn at a temperature above 1: what no
+    different answers, the rare as often as the usual, and drawn at a temperature above 1: what no
     pair names, nothing holds down.
     """
     pairs, stream = [], addition_stream(rng, held_out)

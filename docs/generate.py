@@ -45,10 +45,9 @@ listed, too, and say so.
 EFFECT = """
 Where an entry ends in two scores, the broken copy and the script as it is were trained with the
 same seeds (`benchmarks/lines.csv` has the flags): ten, on CartPole-v1 for 100,000 steps or on the
-sums; each number is the interquartile mean of the score at the end. Those of `grpo.py` are of five
-seeds, and of a tiny GPT twice as large as today's, whose teacher forgot seven times in ten.
-{harmless} of {shown} broken copies end at 95 % of the right one's score or above. That is why such
-bugs live: the learning curve does not show them, and a test has to.
+sums; each number is the interquartile mean of the score at the end. {harmless} of
+{shown} broken copies end at 95 % of the right one's score or above. That is why such bugs live: the
+learning curve does not show them, and a test has to.
 """
 
 

@@ -13,10 +13,10 @@ one then fails: a copy that no longer imports, or hangs, is not. Exit code 1 whe
 
 import argparse
 import csv
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +26,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+# Each mutant's tests run in a fork of a process that has loaded what they all need: most of them
+# take less time than that.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["pytest", "torch", "torch._dynamo", "gymnasium", "tyro"])
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in conftest.py: read when torch is loaded
 COLUMNS = ["script", "line", "bug", "caught_by", "seconds"]
 
 
@@ -54,15 +59,28 @@ def copy(folder):
 
 def pytest(folder, tests, processes=0):
     """(exit status, name of the first test that failed) of these tests in the folder."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n",
-               str(processes), *(f"tests/{test}" for test in tests)]
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600,
-                              check=False, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
-    except subprocess.TimeoutExpired:
+    process = SERVER.Process(target=pytest_here, args=(folder, tests, processes))
+    process.start()
+    process.join(600)
+    if process.is_alive():
+        process.kill()
         return None, "hangs"
-    failed = re.search(r"^FAILED tests/(.*?)( - |$)", done.stdout, re.MULTILINE)
-    return done.returncode, failed[1] if failed else done.stdout.strip()[-300:]
+    output = Path(folder, "output").read_text()
+    failed = re.search(r"^FAILED tests/(.*?)( - |$)", output, re.MULTILINE)
+    return process.exitcode, failed[1] if failed else output.strip()[-300:]
+
+
+def pytest_here(folder, tests, processes):
+    """The process of one such call: its output goes to a file, its end is pytest's."""
+    os.chdir(folder)
+    os.environ["PYTHONDONTWRITEBYTECODE"], sys.dont_write_bytecode = "1", True
+    with open("output", "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from pytest import main  # by now loaded
+
+    sys.exit(main(["-q", "-x", "-p", "no:cacheprovider", "-n", str(processes),
+                   *(f"tests/{test}" for test in tests)]))
 
 
 def run(mutant):
