@@ -9,7 +9,7 @@
 A policy π(a|s, θ) plays whole episodes S_0, A_0, R_1, S_1, ..., R_T, and J(θ) = E[Σ_t γ^t R_{t+1}]
 is to grow, as in REINFORCE. From each return a learned estimate v̂(S_t, w) of it is subtracted.
 This leaves the gradient's mean as it was, since v̂ does not depend on the action and E[∇log π] = 0,
-and makes its variance smaller the better the estimate is. Equation numbers are Sutton & Barto's,
+and as a rule makes its variance smaller. Equation numbers are Sutton & Barto's,
 Reinforcement Learning, 2nd edition (2018), incompleteideas.net/book/the-book-2nd.html:
 
     G_t = R_{t+1} + γ G_{t+1}                             (3.9)   the return from step t on

@@ -7,6 +7,7 @@ probable, one environment plays each, and the mean over environments is the expe
 
 import importlib
 import itertools
+import math
 
 import pytest
 import torch
@@ -77,7 +78,8 @@ def gradient_of_train(script, one_update, monkeypatch, **flags):
 
     monkeypatch.setattr(script.Policy, "__init__", uneven)
     try:
-        script.train(script.Args(learning_rate=0.0, epsilon=1.0, num_envs=4**HORIZON, **flags))
+        flags = {"learning_rate": 0.0, "epsilon": 1.0, "num_envs": 4**HORIZON} | flags
+        script.train(script.Args(**flags))
     finally:
         torch.set_default_dtype(torch.float32)
     return one_update.parts["policy"], one_update
@@ -93,6 +95,24 @@ def test_mean_update_is_the_exact_gradient(name, gamma, one_update, monkeypatch)
     for param, expected in zip(policy.net.parameters(), exact):
         torch.testing.assert_close(-param.grad, expected, atol=1e-6, rtol=1e-6)
     assert max(gradient.abs().max() for gradient in exact) > 0.1
+
+
+@pytest.mark.parametrize("name", ["reinforce", "reinforce_baseline"])
+@pytest.mark.parametrize("gamma", [1.0, 0.8])
+def test_so_it_is_on_policy(name, gamma, one_update, monkeypatch):
+    """Each trajectory weighted by how much oftener the policy plays it than the uniform one."""
+    script = importlib.import_module(name)
+    loss = script.policy_gradient_loss
+
+    def as_often_as_played(logprob, weight, mask):
+        ratio = ((logprob.detach() + math.log(2)) * mask).sum(0).exp()
+        return loss(logprob, weight * ratio, mask)
+
+    monkeypatch.setattr(script, "policy_gradient_loss", as_often_as_played)
+    policy, _ = gradient_of_train(script, one_update, monkeypatch, gamma=gamma, epsilon=0.0)
+    exact = torch.autograd.grad(true_objective(policy, gamma), list(policy.net.parameters()))
+    for param, expected in zip(policy.net.parameters(), exact):
+        torch.testing.assert_close(-param.grad, expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["reinforce", "reinforce_baseline"])
