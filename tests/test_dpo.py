@@ -345,6 +345,33 @@ def test_pairs_are_labelled_by_chance_as_the_reward_says():
     assert len(close) > 300 and share == pytest.approx(1 / (1 + math.exp(-3)), abs=0.03)
 
 
+def test_held_out_sums_are_in_nothing_that_is_learned_from(monkeypatch):
+    text, asked = dpo.Characters(), {}
+    model, draw = model_of(vocabulary=len(text.symbols)), dpo.draw
+
+    def keep(model, prompts, count, temperature, seed):
+        asked.setdefault(temperature, []).extend(map(tuple, prompts))
+        return draw(model, prompts, count, temperature, seed)
+
+    def teach(model, text, example_of, args):
+        asked["taught"] = [tuple(text.encode(example_of(rng)["prompt"])) for _ in range(2000)]
+        raise InterruptedError
+
+    monkeypatch.setattr(dpo, "draw", keep)
+    rng, args = random.Random(1), flags(train_pairs=3000, eval_pairs=200)
+    pairs, heldout = dpo.load_pairs(SimpleNamespace(before={}), model, text, args)
+    assert len(pairs) == 3000 and len(heldout) == 200
+    assert min(asked) > 1, "else no pair holds down what is seldom drawn"
+    dpo.exam(model, text, None, args)
+    assert len(asked[0.0]) == len(asked[1.0]) == 1024
+    monkeypatch.setattr(dpo, "imitate", teach)
+    with pytest.raises(InterruptedError):
+        dpo.train(args)
+    seen = {tuple(pair.prompt) for pair in pairs} | {*asked["taught"]}
+    unseen = {tuple(pair.prompt) for pair in heldout} | {*asked[0.0], *asked[1.0]}
+    assert len(seen) > 1000 and len(unseen) > 300 and not seen & unseen
+
+
 # Data
 
 

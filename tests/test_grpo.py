@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from conftest import ROOT, teach_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import grpo
 
@@ -661,6 +662,27 @@ def test_held_out_prompts_are_never_trained_on(task):
     assert len(heldout) == 200
     assert not unseen & {draw(rng)["prompt"] for _ in range(3000)}
     assert grpo.load_examples(args, grpo.Characters(), 64)[1] == heldout
+
+
+def test_imitation_follows_the_teacher_by_steps_that_rise_and_fall():
+    text, rates, rng = grpo.Characters(), [], random.Random(1)
+    model, held = tiny(vocabulary=len(text.symbols)), [grpo.addition(rng, True) for _ in range(50)]
+
+    def taught():
+        with torch.no_grad():
+            rows = [plain_logprobs(model, text.encode(e["prompt"]), [*text.encode(e["teacher"]), 0])
+                    for e in held]
+        return torch.stack(rows).mean(0)  # of three digits and the stop token
+
+    before = taught()
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    grpo.imitate(model, text, lambda rng: grpo.addition(rng, True), flags(imitation_steps=90))
+    hook.remove()
+    after = taught()
+    assert after.mean() > before.mean() + 1 and after[3] > -0.1, (before, after)
+    assert rates[:3] == pytest.approx([1e-4, 2e-4, 3e-4]) and rates[29:60] == [3e-3] * 31
+    assert rates[-3:] == pytest.approx([3e-4, 2e-4, 1e-4])
 
 
 def rows_of(tmp_path, *rows, **changes):
