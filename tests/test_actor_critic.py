@@ -377,6 +377,28 @@ def test_reset_only_steps_change_nothing(monkeypatch):
     assert torch.equal(*weights)
 
 
+class Interrupted(Garbage):
+    """The same of a continuing task, which only time limits interrupt."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated = super().step(action)
+        return obs, reward, torch.zeros_like(terminated), terminated | truncated
+
+
+def test_the_score_of_a_continuing_task_counts_no_reset(monkeypatch):
+    scores = []
+    monkeypatch.setattr(actor_critic, "Envs", Interrupted)
+    for garbage in (0.0, 1e6):
+        monkeypatch.setattr(Garbage, "garbage", garbage)
+        run = OneUpdate(updates=3)
+        monkeypatch.setattr(actor_critic, "Run", run)
+        args = actor_critic.Args(num_envs=32, total_timesteps=10_000, continuing=True)
+        actor_critic.train(args)
+        scores.append(torch.cat([returns for _, returns, _ in run.rows]))
+    assert torch.equal(*scores) and len(scores[0]) == 3
+    assert (scores[0] > 0.9).all() and (scores[0] < 1.5).all(), "rewards are from 0 to 2"
+
+
 def test_a_step_that_only_resets_moves_no_weights(monkeypatch):
     """Not by Adam's momentum either, which is what a lone environment would show."""
     step, moves, run = torch.optim.Adam.step, [], OneUpdate(updates=3)

@@ -265,6 +265,43 @@ def test_a_loss_that_is_not_finite(script, capsys, tmp_path, monkeypatch):
             assert not isinstance(tensor, torch.Tensor) or tensor.isfinite().all()
 
 
+def test_the_score_is_the_mean_of_the_last_hundred_returns(script, tmp_path):
+    args = script.Args(run_dir=str(tmp_path), total_timesteps=10_000, stop_at=60.0)
+    run = script.Run(args, 65.0)
+    run.log(10, torch.full((99,), 70.0))
+    assert run.score == 70 and not run.passed and not run.finished, "of 99 it says little"
+    run.log(10, torch.tensor([70.0]))
+    assert run.finished and "65 passed at 20," in run.passed
+    run.log(10, torch.arange(150.0))
+    assert run.score == sum(range(50, 150)) / 100
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert [(row["step"], row["score"]) for row in rows] == [
+        ("10", "70"), ("20", "70"), ("30", "99.5")
+    ]
+
+
+def test_an_evaluation_counts_first_episodes_only(simple, capsys, monkeypatch):
+    """Environment n ends with step n + 1, and goes on rewarding."""
+
+    class Envs:
+        def __init__(self, *_):
+            self.steps = 0
+
+        def reset(self, seed):
+            return torch.zeros(4, 2)
+
+        def step(self, action):
+            self.steps += 1
+            ended, no = torch.arange(4) < self.steps, torch.zeros(4, dtype=torch.bool)
+            half = torch.arange(4) % 2 == 0
+            return torch.zeros(4, 2), torch.ones(4), ended & half, ended & ~half | no
+
+    monkeypatch.setattr(simple, "Envs", Envs)
+    policy = types.SimpleNamespace(mode=lambda obs: obs[:, 0])
+    simple.evaluate(simple.Args(eval_episodes=4), policy, torch.device("cpu"))
+    assert "4 episodes, mean return 2.5 ± 1.1 (1.0 to 4.0)" in capsys.readouterr().out
+
+
 def test_stop_at_ends_the_run(script, capsys, tmp_path):
     code, _, _ = call(script, capsys, "--stop-at", 1, "--run-dir", tmp_path)
     assert code == 0

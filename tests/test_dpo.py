@@ -538,6 +538,38 @@ def test_the_step_size_falls_linearly(tmp_path, capsys, monkeypatch):
     assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
 
 
+@pytest.mark.parametrize("free", [False, True])
+def test_what_train_hands_to_its_steps(free, tmp_path, capsys, monkeypatch):
+    """Other pairs each time; AdamW without decay; π_ref of these pairs, unless it is left out."""
+    seen, step = [], dpo.step
+
+    def spy(model, optimizer, pairs, numbers, reference, *rest):
+        decay = optimizer.param_groups[0]["weight_decay"]
+        seen.append((frozenset(numbers), bool(reference.any()), decay))
+        return step(model, optimizer, pairs, numbers, reference, *rest)
+
+    monkeypatch.setattr(dpo, "step", spy)
+    extra = ["--reference-free"] if free else []
+    frozen = ["--max-steps", 3, "--learning-rate", 1e-12, "--run-dir", tmp_path / "run"]
+    assert run(capsys, *SHORT, *frozen, *extra)[0] == 0
+    numbers, references, decays = zip(*seen)
+    assert len({*numbers}) == 3 and all(len(some) == 32 and max(some) < 200 for some in numbers)
+    assert references == (not free,) * 3 and decays == (0.0,) * 3
+    for row in csv.DictReader((tmp_path / "run" / "metrics.csv").open()):
+        still = max(abs(float(row[name])) for name in ("margin", "heldout_margin"))
+        assert (still < 1e-3) != free, "a policy that stands still is its own reference"
+
+
+def test_the_gradient_is_shortened_and_its_length_told():
+    model, pairs = model_of(), random_pairs()
+    reference = plain_scores(model, pairs).detach() - torch.tensor([0.5, 0.0])
+    whole, _, norm, _ = gradient(model, pairs, [0, 1, 2], reference, flags(max_grad_norm=1e9))
+    limit = whole.norm().item() / 3
+    short, _, again, _ = gradient(model, pairs, [0, 1, 2], reference, flags(max_grad_norm=limit))
+    torch.testing.assert_close(short, whole / 3, rtol=1e-4, atol=1e-6)
+    assert norm.item() == again.item() == pytest.approx(3 * limit, rel=1e-4)
+
+
 def test_a_run_on_a_file_of_pairs(tmp_path, capsys):
     """The tiny GPT learns which answers are better, and exports."""
     rng = random.Random(0)

@@ -380,6 +380,16 @@ def test_one_update_is_reinforce_with_the_groups_mean():
     assert grad.norm() > 0.01
 
 
+def test_the_gradient_is_shortened_and_its_length_told():
+    model, batch = tiny(), random_answers()
+    whole, means = gradient(model, batch, flags(max_grad_norm=1e9))
+    limit = whole.norm().item() / 3
+    short, again = gradient(model, batch, flags(max_grad_norm=limit))
+    torch.testing.assert_close(short, whole / 3, rtol=1e-4, atol=1e-6)
+    for norm in (means["grad_norm"], again["grad_norm"]):
+        assert norm.item() == pytest.approx(3 * limit, rel=1e-4)
+
+
 def test_the_kl_term_is_added_to_the_loss():
     """Without advantages the gradient is β times that of the mean of ρ k3, by hand."""
     model, reference = tiny(), tiny(seed=1)
@@ -683,6 +693,42 @@ def test_imitation_follows_the_teacher_by_steps_that_rise_and_fall():
     assert after.mean() > before.mean() + 1 and after[3] > -0.1, (before, after)
     assert rates[:3] == pytest.approx([1e-4, 2e-4, 3e-4]) and rates[29:60] == [3e-3] * 31
     assert rates[-3:] == pytest.approx([3e-4, 2e-4, 1e-4])
+
+
+def test_each_answer_is_judged_by_its_own_question(monkeypatch):
+    text = grpo.Characters()
+    examples = [{"prompt": f"{i:02}=", "answer": str(i)} for i in range(70)]
+
+    def sample(model, prompts, count, *_):
+        """Of each prompt the even answers are right."""
+        rows = [[*text.encode(f"{int(text.decode(p)[:2]) + n % 2:2}"), 0]
+                for p in prompts for n in range(count)]
+        ended = torch.ones(len(rows), dtype=torch.bool)
+        return torch.tensor(rows), 3 * ended, ended, torch.zeros(len(rows), 3)
+
+    monkeypatch.setattr(grpo, "sample", sample)
+    _, facts = grpo.ask(None, text, examples[:5], 0, flags())
+    assert facts[:, 0].tolist() == [1, 0, 1, 0] * 5
+    accuracy, texts = grpo.answers(None, text, examples, 0.0, flags())
+    assert accuracy == 1 and [int(t) for t in texts] == [*range(70)]
+
+
+def test_what_train_asks_of_its_parts(tmp_path, capsys, monkeypatch):
+    """AdamW without decay; greedy answers for the score, both kinds before and after."""
+    seen, asked, improve, answers = [], [], grpo.improve, grpo.answers
+
+    def learn(model, reference, optimizer, batch, args):
+        seen.append((optimizer.param_groups[0]["weight_decay"], len(batch.prompts)))
+        return improve(model, reference, optimizer, batch, args)
+
+    def answer(sampler, text, examples, temperature, args):
+        asked.append(temperature)
+        return answers(sampler, text, examples, temperature, args)
+
+    monkeypatch.setattr(grpo, "improve", learn)
+    monkeypatch.setattr(grpo, "answers", answer)
+    assert call(capsys, *SHORT, "--max-steps", 4, "--run-dir", tmp_path / "run")[0] == 0
+    assert seen == [(0.0, 8)] * 4 and asked == [0, 1, 0, 0, 0, 1]
 
 
 def rows_of(tmp_path, *rows, **changes):

@@ -3,6 +3,7 @@
     python tests/mutants/run.py                  all mutants, two at a time
     python tests/mutants/run.py ppo grpo         those of these scripts
     python tests/mutants/run.py --csv benchmarks/mutants.csv        and keep what came of them
+    python tests/mutants/run.py --passed         where pytest has just passed
 
 The .toml file of a script lists its mutants: the bug; where it comes from; a piece of its text that
 occurs once, and what stands there instead; the tests that should notice; and for
@@ -102,13 +103,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("scripts", nargs="*", help="default: all")
     parser.add_argument("--csv", type=Path, help="a file for the rows")
+    parser.add_argument("--passed", action="store_true", help="do not first run the tests unbroken")
     args = parser.parse_args()
     start, mutants = time.perf_counter(), load(args.scripts)
-    with tempfile.TemporaryDirectory() as folder:
-        copy(Path(folder))
-        status, name = pytest(folder, sorted({test for m in mutants for test in m["tests"]}), 2)
-    if status != 0:
-        sys.exit(f"before anything is broken: {name}")
+    if not args.passed:
+        with tempfile.TemporaryDirectory() as folder:
+            copy(Path(folder))
+            status, name = pytest(folder, sorted({test for m in mutants for test in m["tests"]}), 2)
+        if status != 0:
+            sys.exit(f"before anything is broken: {name}")
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(run, mutants))
     if args.csv:
