@@ -29,7 +29,7 @@ What the book leaves open, or what is done otherwise here:
      traces are cleared. Only a terminal state has value 0.
 [C5] --continuing: reaching a terminal state is an ordinary move, and so is the next step, by which
      the environment starts again whatever the action. Only a time limit interrupts the stream.
-     For a return the score takes the mean reward of the steps between two rows of the log.
+     The score is then of rewards per step, one mean for each row of the log, not of returns.
 
 Shapes: N environments, O numbers in an observation, A in an action, P parameters of both networks.
 

@@ -59,7 +59,7 @@ from tqdm import tqdm
 @dataclasses.dataclass(frozen=True)
 class Args:
     model: str = ""  # folder or hub id of a Llama, Qwen2 or Qwen3; default: a tiny GPT, taught here
-    data: str = ""  # JSON lines: `prompt`, `chosen`, `rejected`, text or messages (one an answer)
+    data: str = ""  # JSON lines: `prompt`, `chosen`, `rejected`, each a text or chat messages
     train_pairs: int = 25_000  # how many to make where there is no --data
     skip_bad_rows: bool = False  # leave out rows that cannot be used, and say how many
     seed: int = 1  # of the weights, the pairs and their order

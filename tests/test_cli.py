@@ -292,9 +292,8 @@ def test_an_evaluation_counts_first_episodes_only(simple, capsys, monkeypatch):
 
         def step(self, action):
             self.steps += 1
-            ended, no = torch.arange(4) < self.steps, torch.zeros(4, dtype=torch.bool)
-            half = torch.arange(4) % 2 == 0
-            return torch.zeros(4, 2), torch.ones(4), ended & half, ended & ~half | no
+            ended, half = torch.arange(4) < self.steps, torch.arange(4) % 2 == 0
+            return torch.zeros(4, 2), torch.ones(4), ended & half, ended & ~half
 
     monkeypatch.setattr(simple, "Envs", Envs)
     policy = types.SimpleNamespace(mode=lambda obs: obs[:, 0])

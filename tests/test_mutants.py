@@ -30,13 +30,15 @@ def test_it_is_a_program_and_its_tests_are_there(mutant):
 
 
 def test_a_survivor_is_told_from_a_catch(tmp_path):
-    """A test that fails, one that passes, and a copy that does not even import."""
+    """A test that fails, one that passes, a copy that does not import, a process that ends."""
     (tmp_path / "tests").mkdir()
-    for name, line in (("fails", "assert False"), ("passes", "pass"), ("breaks", "pass pass")):
+    for name, line in (("fails", "assert False"), ("passes", "pass"), ("breaks", "pass pass"),
+                       ("exits", "__import__('os')._exit(1)")):
         (tmp_path / "tests" / f"test_{name}.py").write_text(f"def test_it():\n    {line}\n")
     assert run.pytest(tmp_path, ["test_fails.py"]) == (1, "test_fails.py::test_it")
     assert run.pytest(tmp_path, ["test_passes.py"])[0] == 0
     assert run.pytest(tmp_path, ["test_breaks.py"])[0] not in (0, 1)
+    assert run.pytest(tmp_path, ["test_exits.py"])[0] not in (0, 1)
 
 
 def test_pages_come_from_scripts_and_csvs():

@@ -68,7 +68,10 @@ def pytest(folder, tests, processes=0):
         return None, "hangs"
     output = Path(folder, "output").read_text()
     failed = re.search(r"^FAILED tests/(.*?)( - |$)", output, re.MULTILINE)
-    return process.exitcode, failed[1] if failed else output.strip()[-300:]
+    if failed:
+        return process.exitcode, failed[1]
+    status = process.exitcode if process.exitcode != 1 else None  # 1: it broke off, no test failed
+    return status, output.strip()[-300:]
 
 
 def pytest_here(folder, tests, processes):
