@@ -7,30 +7,34 @@
 """Online actor-critic with eligibility traces (Sutton & Barto, sections 13.5 and 13.6).
 
 Learn after every step instead of after whole episodes. The critic v̂(s; w) estimates the return
-from a state. The TD error δ compares its estimates before and after a step: positive if the step
-went better than expected. δ updates the critic, and the policy π(a|s; θ), the actor. Eligibility
-traces z also pass it on to the states and actions that came before. Equation numbers refer to
-Sutton & Barto, Reinforcement Learning (2nd ed., 2018):
+from a state. The TD error δ is positive if a step went better than the critic expected. It moves
+v̂(S) up or down, and makes the action more or less likely under the policy π(a|s; θ), the actor.
+Eligibility traces z give earlier states and actions a share of δ that decays. Equation numbers
+refer to Sutton & Barto, Reinforcement Learning (2nd ed., 2018):
 
-    δ = R + γ v̂(S'; w) − v̂(S; w)                      (12.6)   with v̂(terminal state) = 0
-    z_w ← γλ z_w + ∇v̂(S; w)                           (12.5)   trace of the critic
-    z_θ ← γλ z_θ + I ∇log π(A|S; θ)                   (12.5)   trace of the actor, I = γ^t [C1]
-    w ← w + α_w δ z_w,   θ ← θ + α_θ δ z_θ            (12.7)   after every step
+    δ = R + γ v̂(S'; w) − v̂(S; w)                     (12.6)   with v̂(terminal state) = 0
+    z_w ← γλ z_w + ∇v̂(S; w)                          (12.5)   trace of the critic
+    z_θ ← γλ z_θ + I ∇log π(A|S; θ)                            trace of the actor, I = γ^t [C1]
+    w ← w + α_w δ z_w,   θ ← θ + α_θ δ z_θ           (12.7)   after every step
 
-With --continuing there is no discounting. The policy maximizes the average reward, estimated by R̄:
+The actor's part is from the box of section 13.5. With --continuing (box of section 13.6) γ = 1, and
+the policy maximizes the average reward, which R̄ estimates:
 
-    δ = R − R̄ + v̂(S'; w) − v̂(S; w),   R̄ ← R̄ + α_R δ    (10.10)
+    δ = R − R̄ + v̂(S'; w) − v̂(S; w)                   (10.10)  then R̄ ← R̄ + α_R δ
 
 Implementation choices:
-[C1] I = γ^t makes the updates add up to the gradient of E[Σ_t γ^t R_{t+1}], as in the book. Most
-     implementations drop it (--no-exact-discount).
+[C1] I = γ^t is the book's factor for the objective E[Σ_t γ^t R_{t+1}]. Most implementations drop
+     it, as --no-exact-discount does; late steps then count in full.
 [C2] N environments step together. Each has its own traces; the update is the mean of their δ z.
      Both traces decay with the same λ.
-[C3] Adam takes the update in place of a gradient. The book takes SGD steps.
-[C4] A time limit ends the episode but not the task: δ bootstraps from v̂(S'), then z is cleared.
-[C5] --continuing treats a terminal state as an ordinary one, from which the next step, whatever
-     its action, leads to a start state. Only time limits interrupt the task. The score is the mean
-     reward per step.
+[C3] The optimizer gets −δ z as the gradient and takes an Adam step. The book adds α δ z.
+[C4] At a terminal state and at a time limit a new episode starts: z is cleared and I is 1 again.
+     Only a terminal state has value 0; at a time limit δ bootstraps from v̂(S').
+[C5] With --continuing a terminal state does not end anything. The reset that follows is a step like
+     any other, and z and I go on. Only time limits interrupt the task. The score is the mean reward
+     per step.
+[C6] Box actions: the environment gets the sampled action scaled from [-1, 1] to its bounds and
+     clipped. log π is that of the sample.
 
 Shapes: N environments, O observation size, A action size, P parameters of both networks.
 
@@ -70,7 +74,7 @@ class Args:
     continuing: bool = False  # maximize the average reward, without discounting [C5]
     average_reward_rate: float = 1e-3  # step size of the average reward
     log_every: int = 32  # updates per row of metrics.csv
-    max_episode_steps: int = 0  # cut evaluation episodes; 0: the environment's limit, else 10,000
+    max_episode_steps: int = 0  # cut evaluation episodes; 0: environment's limit, or 10,000
     stop_at: float | None = None  # stop when the mean return of 100 episodes reaches this
     eval_episodes: int = 0  # greedy episodes to play after training
     device: str = "cpu"  # "cuda" works, but networks this small are faster on the CPU
@@ -80,14 +84,18 @@ class Args:
 
 
 def td_error(reward, value, next_value, terminated, gamma, average_reward):
-    """Return δ, (N,); all tensors are (N,). Use gamma = 1 with an average reward, else R̄ = 0."""
+    """Compute δ (N,) from tensors (N,). A time limit does not count as terminated.
+
+    average_reward is R̄ with --continuing, where gamma is 1, and 0 otherwise.
+    """
     return reward - average_reward + gamma * next_value * ~terminated - value   # (12.6) (10.10)
 
 
 def per_env_gradients(model, obs, action, discount):
-    """Return I ∇log π(A|S; θ) and ∇v̂(S; w) of every environment, side by side in (N, P).
+    """Compute I ∇log π(A|S; θ) and ∇v̂(S; w) for every environment, side by side in (N, P).
 
-    The networks share no parameters, so both are the gradient of the sum I log π(A|S) + v̂(S).
+    The sum I log π + v̂ has both as its gradient, since θ and w share no parameter. The columns are
+    in the order of model.parameters().
     """
     def objective(params, obs, action, discount):
         logprob, value = functional_call(model, params, (obs, action))
@@ -119,6 +127,7 @@ class Policy(nn.Module):
         output = self.net(obs)
         if self.log_std is None:
             return Categorical(logits=output, validate_args=False)  # validation is slow
+        # Independent sums log-probabilities and entropies over the action's dimensions.
         return Independent(Normal(output, self.log_std.exp(), validate_args=False), 1)
 
 
@@ -135,7 +144,7 @@ class Value(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """Both networks in one module, so that one pass gives the gradients of both."""
+    """Both networks in one module, so that one pass differentiates both."""
 
     def __init__(self, obs_space, action_space):
         super().__init__()
@@ -148,14 +157,15 @@ class ActorCritic(nn.Module):
 
 
 def step_envs(envs, obs, action, valid, continuing):
-    """Step all N environments; return a dict of the transitions.
+    """Step all N environments.
 
-    obs, next_obs (N, O), action (N,) or (N, A), reward, terminated, done, valid (N,). done: the
-    episode ends, terminated or cut by a time limit, and next_obs is its last observation. The
-    step after that only resets the environment: it ignores the action and returns the first
-    observation of the next episode. There valid is False, and nothing is learned.
+    Returns a dict of obs and next_obs (N, O), action (N,) or (N, A), and reward, terminated, done
+    and valid (N,). done: the episode ends here, terminated or at a time limit, and next_obs is its
+    last observation. The step after that only resets the environment: it ignores the action and
+    returns the first observation of the next episode. valid is False for such a step, as nothing
+    can be learned from it. With continuing, only a time limit is done [C5].
     """
-    next_obs, reward, terminated, truncated, _ = envs.step(to_env(action, envs))
+    next_obs, reward, terminated, truncated, _ = envs.step(to_env_action(action, envs))
     terminated = terminated & (not continuing)                                  # [C5]
     return {"obs": obs, "action": action, "next_obs": to_tensor(next_obs, obs.device),
             "reward": torch.tensor(reward, dtype=torch.float32, device=obs.device),
@@ -164,10 +174,10 @@ def step_envs(envs, obs, action, valid, continuing):
 
 
 def learn(model, z, step, discount, gamma, trace_lambda, average_reward):
-    """Learn from one step of all environments: set the model's gradients for the optimizer.
+    """Compute the update for one step of all environments; store its negative in .grad.
 
-    z (N, P) are the traces, discount (N,) is I. Returns δ (N,), the next traces (N, P) and the
-    norm of the update.
+    step comes from step_envs, z (N, P) holds the traces, discount (N,) is I. Returns δ (N,), the
+    traces for the next step (N, P) and the norm of the update. Raises an error if it is not finite.
     """
     value, next_value = model.value(step["obs"]), model.value(step["next_obs"])
     delta = td_error(step["reward"], value, next_value, step["terminated"], gamma, average_reward)
@@ -175,15 +185,15 @@ def learn(model, z, step, discount, gamma, trace_lambda, average_reward):
     gradient = per_env_gradients(model, step["obs"], step["action"], discount)  # (N, P)
     z = gamma * trace_lambda * z + gradient * step["valid"].unsqueeze(1)        # (12.5)
     update = delta @ z / step["valid"].sum().clamp(min=1)                       # (12.7) [C2]
+    norm = nn.utils.get_total_norm([update], error_if_nonfinite=True)
     params = list(model.parameters())
     for param, part in zip(params, update.split([param.numel() for param in params])):
-        param.grad = -part.view_as(param)  # the optimizer descends
-    # Clips nothing, as the maximum is infinite; raises an error if the norm is not finite.
-    norm = nn.utils.clip_grad_norm_(params, math.inf, error_if_nonfinite=True)
-    return delta, z * ~step["done"].unsqueeze(1), norm                          # [C4]
+        param.grad = -part.view_as(param)                                       # [C3]
+    z = z * ~step["done"].unsqueeze(1)  # after the last δ was used               [C4]
+    return delta, z, norm
 
 
-@torch.no_grad()  # torch.func.grad computes gradients all the same
+@torch.no_grad()  # all gradients come from torch.func.grad, which works nevertheless
 def train(args):
     """Train a policy. Return it and the score, the mean return of the last 100 episodes."""
     setup(args)
@@ -193,7 +203,7 @@ def train(args):
     model = ActorCritic(envs.single_observation_space, envs.single_action_space).to(args.device)
     optimizer = torch.optim.Adam(model.policy.parameters(), args.learning_rate, fused=True)
     optimizer.add_param_group({"params": model.value.parameters(), "lr": args.value_learning_rate})
-    gamma = 1.0 if args.continuing else args.gamma
+    gamma, r_bar_rate = (1.0, args.average_reward_rate) if args.continuing else (args.gamma, 0.0)
     obs = to_tensor(envs.reset()[0], args.device)
     valid = torch.ones(args.num_envs, dtype=torch.bool, device=args.device)
     z = torch.zeros(args.num_envs, sum(p.numel() for p in model.parameters()), device=args.device)
@@ -202,27 +212,26 @@ def train(args):
     episode_return = torch.zeros(args.num_envs, device=args.device)
     with Logger(args, model.policy) as log:
         while log.step < args.total_timesteps and not log.reached(args.stop_at):
-            returns = []
-            for _ in range(args.log_every):
+            scores = []
+            for _ in range(args.log_every):  # an update each; the loop only groups them for the log
                 pi = model.policy(obs)
                 step = step_envs(envs, obs, pi.sample(), valid, args.continuing)
                 delta, z, norm = learn(model, z, step, discount, gamma, args.trace_lambda, r_bar)
-                if valid.any():  # else Adam would move on by its momentum
-                    optimizer.step()                                            # [C3]
-                if args.continuing:
-                    r_bar += args.average_reward_rate * delta.mean()            # (10.10)
+                if valid.any():  # otherwise the update is 0, but Adam's momentum is not
+                    optimizer.step()
+                r_bar += r_bar_rate * delta.sum() / valid.sum().clamp(min=1)
+                reward, done = step["reward"], step["done"]
                 if args.exact_discount:
-                    discount = torch.where(step["done"] | ~valid, 1, gamma * discount)  # [C1]
-                episode_return += step["reward"] * valid
-                ended = valid if args.continuing else step["done"]
-                returns.append(episode_return[ended])
-                episode_return[ended] = 0
-                obs, valid = step["next_obs"], ~step["done"]
-            returns = torch.cat(returns)  # with --continuing: the rewards of all valid steps
-            returns = returns.mean(0, keepdim=True) if args.continuing else returns
-            # The metrics are those of the row's last step.
-            log.write(args.log_every * args.num_envs, returns, average_reward=r_bar, grad_norm=norm,
-                      value_loss=delta.square().mean() / 2, entropy=pi.entropy().mean())
+                    discount = torch.where(done | ~valid, 1, gamma * discount)  # [C1] [C4]
+                episode_return += reward * valid
+                scores.append(reward[valid] if args.continuing else episode_return[done])
+                episode_return[done] = 0
+                obs, valid = step["next_obs"], ~done
+            scores = torch.cat(scores)
+            scores = scores.mean(0, keepdim=True) if args.continuing else scores
+            # The metrics are means over the environments in the last step.
+            log.write(args.log_every * args.num_envs, scores, average_reward=r_bar, grad_norm=norm,
+                      squared_td_error=delta.square().mean(), entropy=pi.entropy().mean())
         envs.close()
         if args.eval_episodes:
             evaluate(args, model.policy)
@@ -243,7 +252,7 @@ def setup(args):
 
 
 def make_envs(env_id, num_envs, seed):
-    """Return num_envs seeded environments that step together, or exit if they do not fit."""
+    """Return num_envs seeded environments that step together; exit if they are not supported."""
     try:
         envs = gym.make_vec(env_id, num_envs)
     except (gym.error.UnregisteredEnv, gym.error.DependencyNotInstalled) as error:
@@ -252,7 +261,7 @@ def make_envs(env_id, num_envs, seed):
     float_box = isinstance(action_space, Box) and np.issubdtype(action_space.dtype, np.floating)
     if not isinstance(obs_space, Box) or not (float_box or isinstance(action_space, Discrete)):
         raise SystemExit(f"--env-id {env_id}: needs Box observations and Discrete or float Box "
-                         f"actions (or ppo.py and MultiDiscrete), has {obs_space}, {action_space}")
+                         f"actions, has {obs_space} and {action_space}; ppo.py takes MultiDiscrete")
     envs.reset(seed=seed)  # later resets continue these random streams
     return envs
 
@@ -262,11 +271,11 @@ def to_tensor(obs, device):
     return torch.tensor(obs, dtype=torch.float32, device=device).reshape(len(obs), -1)
 
 
-def to_env(action, envs):
-    """Convert sampled actions to those of the environments.
+def to_env_action(action, envs):
+    """Convert sampled actions to what the environments expect.
 
-    Discrete actions start at space.start. Box actions are scaled from [-1, 1] to the bounds
-    (except where a bound is infinite or beyond 1e6), then clipped.
+    Discrete actions count from space.start. Box actions are scaled from [-1, 1] to the bounds, then
+    clipped. Dimensions with a bound that is infinite, or beyond 1e6, are not scaled.
     """
     action, space = action.cpu().numpy(), envs.single_action_space
     if isinstance(space, Discrete):
@@ -279,7 +288,7 @@ def to_env(action, envs):
 
 def evaluate(args, policy):
     """Play --eval-episodes episodes with the most likely actions and print their mean return."""
-    # Not a seed of training, so that the episodes are new.
+    # The seed is far from those of training, so that the episodes are new.
     envs = make_envs(args.env_id, min(args.num_envs, args.eval_episodes), 2**31 - 1 - args.seed)
     max_steps = args.max_episode_steps or envs.spec.max_episode_steps or 10_000
     returns = []
@@ -288,7 +297,7 @@ def evaluate(args, policy):
         running, episode_return = np.ones(envs.num_envs, dtype=bool), np.zeros(envs.num_envs)
         for _ in range(max_steps):
             action = policy(to_tensor(obs, args.device)).mode
-            obs, reward, terminated, truncated, _ = envs.step(to_env(action, envs))
+            obs, reward, terminated, truncated, _ = envs.step(to_env_action(action, envs))
             episode_return += np.where(running, reward, 0)
             running = running & ~(terminated | truncated)
             if not running.any():
@@ -302,18 +311,18 @@ def evaluate(args, policy):
 
 
 class Logger:
-    """The run's folder (args.json, metrics.csv, policy.pt), progress bar and wandb."""
+    """Writes the run's folder (args.json, metrics.csv, policy.pt), progress bar and wandb."""
 
     def __init__(self, args, policy):
         self.policy, self.start, self.step = policy, time.perf_counter(), 0
         self.returns, self.score, self.wandb = [], math.nan, None
         name = f"{Path(__file__).stem}-{args.env_id}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
+        self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
         if (self.dir / "metrics.csv").exists():
             raise SystemExit(f"--run-dir {self.dir}: holds a run already; choose another folder")
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
-        self.csv = open(self.dir / "metrics.csv", "w", buffering=1)
+        self.csv = (self.dir / "metrics.csv").open("w", buffering=1)
         self.bar = tqdm(total=args.total_timesteps, unit=" steps", unit_scale=True, disable=None)
         if args.track:
             import wandb
@@ -321,18 +330,18 @@ class Logger:
             self.wandb = wandb.init(project=args.wandb_project, name=name, config=asdict(args))
 
     def reached(self, goal):
-        """Whether there is a goal and the last 100 episodes reach it."""
+        """Whether there is a goal, and the mean return of 100 episodes is at least as high."""
         return goal is not None and len(self.returns) == 100 and self.score >= goal
 
     def write(self, steps, returns, **metrics):
-        """Log one update: its environment steps, the returns of its episodes, and metrics."""
+        """Log one row: number of environment steps, returns of the episodes, and metrics."""
         self.step += int(steps)
         self.returns = (self.returns + returns.tolist())[-100:]
         self.score = torch.tensor(self.returns).mean().item()
         row = {"step": self.step, "seconds": time.perf_counter() - self.start, "score": self.score}
         row |= {name: value.item() for name, value in metrics.items()}
         if self.csv.tell() == 0:
-            print(*row, sep=",", file=self.csv)
+            print(*row.keys(), sep=",", file=self.csv)
         print(*row.values(), sep=",", file=self.csv)
         self.bar.set_postfix(score=f"{self.score:.1f}", refresh=False)
         self.bar.update(int(steps))
@@ -344,7 +353,7 @@ class Logger:
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
-        torch.save(self.policy.state_dict(), self.dir / "policy.pt")  # after Ctrl-C, too
+        torch.save(self.policy.state_dict(), self.dir / "policy.pt")  # also on an error
         print(f"score {self.score:.1f} after {self.step:,} steps in "
               f"{time.perf_counter() - self.start:.1f} s; files in {self.dir}")
         if kind is KeyboardInterrupt:

@@ -12,13 +12,17 @@ J(θ) = E[Σ_t γ^t R_{t+1}]. There is no baseline; reinforce_baseline.py adds o
 refer to Sutton & Barto, Reinforcement Learning (2nd ed., 2018):
 
     G_t = R_{t+1} + γ G_{t+1}                         (3.9)   return from step t on
-    θ ← θ + α Σ_t γ^t G_t ∇log π(A_t|S_t; θ)          (13.8)  averaged over N episodes
+    θ ← θ + α Σ_t γ^t G_t ∇log π(A_t|S_t; θ)          (13.8)  with γ^t [C1], averaged over episodes
 
 Implementation choices:
-[C1] γ^t is in the book's algorithm box but not in (13.8). With it the expected update is exactly
-     ∇J. Most implementations drop it (--no-exact-discount). No effect at the default γ = 1.
+[C1] The book has γ^t in its algorithm box but not in (13.8). With γ^t the expected gradient is
+     exactly ∇J. Most implementations drop it, as --no-exact-discount does; late steps then count
+     too much. No effect at the default γ = 1.
 [C2] One Adam step on the mean over N episodes. The book takes one SGD step per time step.
-[C3] A time limit counts as the end of the episode; the return is not bootstrapped.
+[C3] A time limit, the environment's or --max-episode-steps, counts as the end of the episode: no
+     value is added for what might have followed.
+[C4] Box actions: the environment gets the sampled action scaled from [-1, 1] to its bounds and
+     clipped. log π is that of the sample.
 
 Shapes: T steps in the longest episode, N environments, O observation size, A action size.
 
@@ -40,7 +44,6 @@ import tyro
 from gymnasium.spaces import Box, Discrete
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
-from torch.utils.data import default_collate
 from tqdm import tqdm
 
 
@@ -48,12 +51,12 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # gymnasium environment; "module:Env-v0" imports the module first
     seed: int = 1
-    total_timesteps: int = 500_000  # steps to learn from; padding is played on top of them
+    total_timesteps: int = 500_000  # steps to learn from; padding (see play_episodes) comes on top
     learning_rate: float = 1e-2  # Adam step size
     num_envs: int = 32  # episodes per update, played in parallel
     gamma: float = 1.0  # discount factor
     exact_discount: bool = True  # weight step t by gamma^t [C1]
-    max_episode_steps: int = 0  # cut episodes here; 0: the environment's own limit, else 10,000
+    max_episode_steps: int = 0  # cut longer episodes; 0: the environment's limit, or 10,000
     stop_at: float | None = None  # stop when the mean return of 100 episodes reaches this
     eval_episodes: int = 0  # greedy episodes to play after training
     device: str = "cpu"  # "cuda" works, but networks this small are faster on the CPU
@@ -63,8 +66,9 @@ class Args:
 
 
 def discounted_returns(reward, gamma):
-    """Return G_t for every step, (T, N), from rewards (T, N)."""
-    returns, G = torch.zeros_like(reward), 0.0
+    """Compute G_t for every step, (T, N); reward[t], (N,), is R_{t+1} and 0 after the end."""
+    returns = torch.zeros_like(reward)
+    G = torch.zeros_like(reward[0])
     for t in reversed(range(len(reward))):
         G = reward[t] + gamma * G                                             # (3.9)
         returns[t] = G
@@ -72,8 +76,8 @@ def discounted_returns(reward, gamma):
 
 
 def policy_gradient_loss(logprob, weight, mask):
-    """Scalar whose gradient estimates −∇J; logprob, weight, mask (False: padding) are (T, N)."""
-    return -(weight * logprob * mask).sum(0).mean()                           # (13.8), negated
+    """Sum over the steps and mean over the episodes; log π, its weight and the mask are (T, N)."""
+    return -(weight * logprob * mask).sum(0).mean()                           # −(13.8)
 
 
 def mlp(input_size, output_size):
@@ -97,6 +101,7 @@ class Policy(nn.Module):
         output = self.net(obs)
         if self.log_std is None:
             return Categorical(logits=output, validate_args=False)  # validation is slow
+        # Independent sums log-probabilities and entropies over the action's dimensions.
         return Independent(Normal(output, self.log_std.exp(), validate_args=False), 1)
 
 
@@ -105,24 +110,24 @@ def play_episodes(envs, policy, max_steps, device, greedy=False):
     """Play one episode in each of the N environments.
 
     Returns a dict with obs (T, N, O), action (T, N) or (T, N, A), reward (T, N) and mask (T, N).
-    All environments step together until the longest episode ends. One whose episode ends earlier
-    starts another meanwhile; those steps are padding, with mask False and reward 0.
+    All environments step together until every episode has ended. Gymnasium resets those that end
+    earlier; their further steps are padding, with mask False and reward 0.
     """
     next_obs, _ = envs.reset()
     running = np.ones(envs.num_envs, dtype=bool)
     steps = []
-    while running.any() and len(steps) < max_steps:
-        obs = torch.tensor(next_obs, dtype=torch.float32, device=device).reshape(len(running), -1)
+    while running.any() and len(steps) < max_steps:                           # [C3]
+        obs = torch.tensor(next_obs, dtype=torch.float32, device=device).reshape(len(next_obs), -1)
         pi = policy(obs)
         action = pi.mode if greedy else pi.sample()
-        next_obs, reward, terminated, truncated, _ = envs.step(to_env(action, envs))
+        next_obs, reward, terminated, truncated, _ = envs.step(to_env_action(action, envs))
         reward = torch.tensor(np.where(running, reward, 0), dtype=torch.float32, device=device)
         mask = torch.tensor(running, device=device)
         steps.append({"obs": obs, "action": action, "reward": reward, "mask": mask})
         running = running & ~(terminated | truncated)                         # [C3]
     if running.any():
         warnings.warn(f"cut episodes after {max_steps:,} steps", stacklevel=2)
-    return default_collate(steps)  # stacks over time
+    return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
 
 
 def train(args):
@@ -135,16 +140,16 @@ def train(args):
     with Logger(args, policy) as log:
         while log.step < args.total_timesteps and not log.reached(args.stop_at):
             batch = play_episodes(envs, policy, max_steps, args.device)
-            weight = discounted_returns(batch["reward"], args.gamma)          # (T, N)
+            weight = discounted_returns(batch["reward"], args.gamma)          # G_t, (T, N)
             if args.exact_discount:
                 t = torch.arange(len(weight), device=weight.device).unsqueeze(1)  # (T, 1)
                 weight = args.gamma**t * weight                               # [C1]
-            pi = policy(batch["obs"])
+            pi = policy(batch["obs"])  # again, now with gradients
             loss = policy_gradient_loss(pi.log_prob(batch["action"]), weight, batch["mask"])
             optimizer.zero_grad()
             loss.backward()
-            # Clips nothing, as the maximum is infinite; raises an error if the norm is not finite.
-            norm = nn.utils.clip_grad_norm_(policy.parameters(), math.inf, error_if_nonfinite=True)
+            norm = nn.utils.get_total_norm(
+                [param.grad for param in policy.parameters()], error_if_nonfinite=True)
             optimizer.step()                                                  # [C2]
             log.write(batch["mask"].sum(), batch["reward"].sum(0), loss=loss, grad_norm=norm,
                       entropy=pi.entropy()[batch["mask"]].mean())
@@ -168,7 +173,7 @@ def setup(args):
 
 
 def make_envs(env_id, num_envs, seed):
-    """Return num_envs seeded environments that step together, or exit if they do not fit."""
+    """Return num_envs seeded environments that step together; exit if they are not supported."""
     try:
         envs = gym.make_vec(env_id, num_envs)
     except (gym.error.UnregisteredEnv, gym.error.DependencyNotInstalled) as error:
@@ -177,16 +182,16 @@ def make_envs(env_id, num_envs, seed):
     float_box = isinstance(action_space, Box) and np.issubdtype(action_space.dtype, np.floating)
     if not isinstance(obs_space, Box) or not (float_box or isinstance(action_space, Discrete)):
         raise SystemExit(f"--env-id {env_id}: needs Box observations and Discrete or float Box "
-                         f"actions (or ppo.py and MultiDiscrete), has {obs_space}, {action_space}")
+                         f"actions, has {obs_space} and {action_space}; ppo.py takes MultiDiscrete")
     envs.reset(seed=seed)  # later resets continue these random streams
     return envs
 
 
-def to_env(action, envs):
-    """Convert sampled actions to those of the environments.
+def to_env_action(action, envs):
+    """Convert sampled actions to what the environments expect.
 
-    Discrete actions start at space.start. Box actions are scaled from [-1, 1] to the bounds
-    (except where a bound is infinite or beyond 1e6), then clipped.
+    Discrete actions count from space.start. Box actions are scaled from [-1, 1] to the bounds, then
+    clipped. Dimensions with a bound that is infinite, or beyond 1e6, are not scaled.
     """
     action, space = action.cpu().numpy(), envs.single_action_space
     if isinstance(space, Discrete):
@@ -199,7 +204,7 @@ def to_env(action, envs):
 
 def evaluate(args, policy, max_steps):
     """Play --eval-episodes episodes with the most likely actions and print their mean return."""
-    # Not a seed of training, so that the episodes are new.
+    # The seed is far from those of training, so that the episodes are new.
     envs = make_envs(args.env_id, min(args.num_envs, args.eval_episodes), 2**31 - 1 - args.seed)
     returns = []
     while len(returns) < args.eval_episodes:
@@ -211,18 +216,18 @@ def evaluate(args, policy, max_steps):
 
 
 class Logger:
-    """The run's folder (args.json, metrics.csv, policy.pt), progress bar and wandb."""
+    """Writes the run's folder (args.json, metrics.csv, policy.pt), progress bar and wandb."""
 
     def __init__(self, args, policy):
         self.policy, self.start, self.step = policy, time.perf_counter(), 0
         self.returns, self.score, self.wandb = [], math.nan, None
         name = f"{Path(__file__).stem}-{args.env_id}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
+        self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
         if (self.dir / "metrics.csv").exists():
             raise SystemExit(f"--run-dir {self.dir}: holds a run already; choose another folder")
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
-        self.csv = open(self.dir / "metrics.csv", "w", buffering=1)
+        self.csv = (self.dir / "metrics.csv").open("w", buffering=1)
         self.bar = tqdm(total=args.total_timesteps, unit=" steps", unit_scale=True, disable=None)
         if args.track:
             import wandb
@@ -230,18 +235,18 @@ class Logger:
             self.wandb = wandb.init(project=args.wandb_project, name=name, config=asdict(args))
 
     def reached(self, goal):
-        """Whether there is a goal and the last 100 episodes reach it."""
+        """Whether there is a goal, and the mean return of 100 episodes is at least as high."""
         return goal is not None and len(self.returns) == 100 and self.score >= goal
 
     def write(self, steps, returns, **metrics):
-        """Log one update: its environment steps, the returns of its episodes, and metrics."""
+        """Log one row: number of environment steps, returns of the episodes, and metrics."""
         self.step += int(steps)
         self.returns = (self.returns + returns.tolist())[-100:]
         self.score = torch.tensor(self.returns).mean().item()
         row = {"step": self.step, "seconds": time.perf_counter() - self.start, "score": self.score}
         row |= {name: value.item() for name, value in metrics.items()}
         if self.csv.tell() == 0:
-            print(*row, sep=",", file=self.csv)
+            print(*row.keys(), sep=",", file=self.csv)
         print(*row.values(), sep=",", file=self.csv)
         self.bar.set_postfix(score=f"{self.score:.1f}", refresh=False)
         self.bar.update(int(steps))
@@ -253,7 +258,7 @@ class Logger:
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
-        torch.save(self.policy.state_dict(), self.dir / "policy.pt")  # after Ctrl-C, too
+        torch.save(self.policy.state_dict(), self.dir / "policy.pt")  # also on an error
         print(f"score {self.score:.1f} after {self.step:,} steps in "
               f"{time.perf_counter() - self.start:.1f} s; files in {self.dir}")
         if kind is KeyboardInterrupt:
