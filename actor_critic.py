@@ -280,7 +280,7 @@ def to_env_action(action, envs):
     action, space = action.cpu().numpy(), envs.single_action_space
     if isinstance(space, Discrete):
         return action + space.start
-    bounded = (np.abs(space.low) <= 1e6) & (np.abs(space.high) <= 1e6)
+    bounded = np.maximum(-space.low, space.high).astype(np.float64) <= 1e6
     low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
     action = (high + low) / 2 + (high - low) / 2 * action.reshape(-1, *space.shape)
     return action.astype(space.dtype).clip(space.low, space.high)

@@ -126,7 +126,7 @@ def play_episodes(envs, policy, max_steps, device, greedy=False):
         steps.append({"obs": obs, "action": action, "reward": reward, "mask": mask})
         running = running & ~(terminated | truncated)                         # [C3]
     if running.any():
-        warnings.warn(f"cut episodes after {max_steps:,} steps", stacklevel=2)
+        warnings.warn(f"cut episodes after {max_steps:,} steps", stacklevel=3)
     return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
 
 
@@ -196,7 +196,7 @@ def to_env_action(action, envs):
     action, space = action.cpu().numpy(), envs.single_action_space
     if isinstance(space, Discrete):
         return action + space.start
-    bounded = (np.abs(space.low) <= 1e6) & (np.abs(space.high) <= 1e6)
+    bounded = np.maximum(-space.low, space.high).astype(np.float64) <= 1e6
     low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
     action = (high + low) / 2 + (high - low) / 2 * action.reshape(-1, *space.shape)
     return action.astype(space.dtype).clip(space.low, space.high)

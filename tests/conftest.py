@@ -70,6 +70,7 @@ class FakeLogger:
 
     def write(self, steps, returns, **metrics):
         self.step += int(steps)
+        metrics = {name: value.detach().clone() for name, value in metrics.items()}
         self.rows.append((int(steps), returns, metrics))
 
 

@@ -1,11 +1,14 @@
 """Actor-critic: updates by hand, traces against GAE, batches against runs alone, continuing."""
 
 import math
+import types
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
-from conftest import OneUpdate
-from gymnasium.spaces import Discrete
+from conftest import FakeLogger
+from gymnasium.spaces import Box, Discrete
 from torch import nn
 
 import actor_critic
@@ -14,11 +17,10 @@ import actor_critic
 class Linear(nn.Module):
     """v̂(s) = w·s and two actions with logits (θ·s, 0): small enough to differentiate by hand."""
 
-    def __init__(self, theta, w, average_reward=0.0):
+    def __init__(self, theta, w):
         super().__init__()
         self.theta = nn.Parameter(torch.tensor(theta, dtype=torch.float64))
         self.w = nn.Parameter(torch.tensor(w, dtype=torch.float64))
-        self.average_reward = torch.tensor(average_reward, dtype=torch.float64)
 
     def value(self, obs):
         return obs @ self.w
@@ -28,14 +30,32 @@ class Linear(nn.Module):
         return nn.functional.logsigmoid(torch.where(action == 0, logit, -logit)), self.value(obs)
 
 
-def stream_of(obs, num_params):
-    stream = actor_critic.Stream(obs, num_params)
-    stream.trace, stream.discount = stream.trace.double(), stream.discount.double()
-    return stream
-
-
 def column(*numbers):
     return torch.tensor(numbers, dtype=torch.float64)
+
+
+class Learner:
+    """What train() carries from step to step around learn(), with parameters that stay."""
+
+    def __init__(self, model, obs, gamma, lam, exact_discount=True):
+        self.model, self.gamma, self.lam, self.exact = model, gamma, lam, exact_discount
+        self.obs, self.valid = obs, torch.ones(len(obs), dtype=torch.bool)
+        self.discount = torch.ones(len(obs), dtype=torch.float64)
+        size = sum(param.numel() for param in model.parameters())
+        self.z = torch.zeros(len(obs), size, dtype=torch.float64)
+
+    @torch.no_grad()
+    def step(self, action, reward, next_obs, terminated, done):
+        """Returns δ, the norm of the update and the update, (P,)."""
+        step = {"obs": self.obs, "action": action, "reward": reward, "next_obs": next_obs,
+                "terminated": terminated, "done": done, "valid": self.valid}
+        delta, self.z, norm = actor_critic.learn(
+            self.model, self.z, step, self.discount, self.gamma, self.lam, 0.0)
+        if self.exact:
+            discount = torch.where(done | ~self.valid, 1, self.gamma * self.discount)
+            self.discount = discount
+        self.obs, self.valid = next_obs, ~done
+        return delta, norm, -torch.cat([param.grad for param in self.model.parameters()])
 
 
 @torch.no_grad()
@@ -44,23 +64,14 @@ def test_three_steps_by_hand():
     model = Linear([0.5], [-0.3])
     optimizer = torch.optim.SGD(model.parameters(), lr=alpha)
     xs, actions, rewards = [1.0, 2.0, -1.0, 0.5], [0, 1, 0], [1.0, -2.0, 3.0]
-    stream = stream_of(torch.tensor([[xs[0]]], dtype=torch.float64), 2)
+    learner = Learner(model, column(xs[0]).view(1, 1), gamma, lam)
     theta, w, z_theta, z_w, discount = 0.5, -0.3, 0.0, 0.0, 1.0
     for t in range(3):
-        terminated = t == 2
-        delta, _ = actor_critic.learn(
-            model,
-            stream,
-            torch.tensor([actions[t]]),
-            column(rewards[t]),
-            column(xs[t + 1]).view(1, 1),
-            torch.tensor([terminated]),
-            torch.tensor([terminated]),
-            gamma,
-            lam,
-        )
+        terminated = torch.tensor([t == 2])
+        delta, *_ = learner.step(torch.tensor([actions[t]]), column(rewards[t]),
+                                 column(xs[t + 1]).view(1, 1), terminated, terminated)
         optimizer.step()
-        expected = rewards[t] + (0 if terminated else gamma * w * xs[t + 1]) - w * xs[t]
+        expected = rewards[t] + (0 if t == 2 else gamma * w * xs[t + 1]) - w * xs[t]
         prob = 1 / (1 + math.exp(-theta * xs[t]))
         z_w = gamma * lam * z_w + xs[t]
         z_theta = (
@@ -71,8 +82,7 @@ def test_three_steps_by_hand():
         assert delta.item() == pytest.approx(expected, rel=1e-12)
         assert model.theta.item() == pytest.approx(theta, rel=1e-12)
         assert model.w.item() == pytest.approx(w, rel=1e-12)
-    assert not stream.trace.any(), "the trace outlives its episode"
-    assert stream.discount.item() == 1 and not stream.valid.item()
+    assert not learner.z.any(), "the trace outlives its episode"
 
 
 def episode(length, num_envs=1, size=3, seed=0):
@@ -83,24 +93,12 @@ def episode(length, num_envs=1, size=3, seed=0):
     return obs, action, reward
 
 
-@torch.no_grad()
-def play(model, obs, action, reward, terminated, done, gamma, lam, **switch):
+def play(model, obs, action, reward, terminated, done, gamma, lam, exact_discount=True):
     """Sum of the updates of a recorded stretch with frozen parameters, (P,): θ, then w."""
-    stream, total = stream_of(obs[0], 6), 0
+    learner, total = Learner(model, obs[0], gamma, lam, exact_discount), 0
     for t in range(len(action)):
-        actor_critic.learn(
-            model,
-            stream,
-            action[t],
-            reward[t],
-            obs[t + 1],
-            terminated[t],
-            done[t],
-            gamma,
-            lam,
-            **switch,
-        )
-        total = total - torch.cat([model.theta.grad, model.w.grad])
+        *_, update = learner.step(action[t], reward[t], obs[t + 1], terminated[t], done[t])
+        total = total + update
     return total
 
 
@@ -148,13 +146,12 @@ def test_lambda_one_is_reinforce_with_baseline():
     done[-1] = True
     total = play(model, obs, action, reward, done, done, 0.9, 1.0)
     logprob, value = model(obs[:-1], action)
-    advantage = script.returns_to_go(reward, 0.9) - value.detach()
-    weight = advantage * script.discounts(6, 0.9, None)
+    advantage = script.discounted_returns(reward, 0.9) - value.detach()
+    weight = advantage * 0.9 ** torch.arange(6).unsqueeze(-1)
     loss = script.policy_gradient_loss(logprob, weight, torch.ones_like(reward))
     torch.testing.assert_close(total[:3], -torch.autograd.grad(loss, model.theta)[0])
 
 
-@torch.no_grad()
 def test_a_batch_of_environments_is_as_many_runs_alone():
     """Episodes end at different steps, and reset-only steps after them are full of garbage."""
     obs, action, reward = episode(8, num_envs=4, seed=3)
@@ -163,76 +160,69 @@ def test_a_batch_of_environments_is_as_many_runs_alone():
     done = terminated | truncated
     reward[3, 0], reward[5, 1], reward[7, 3] = 1e6, 1e6, 1e6
     model = Linear([0.3, -0.2, 0.5], [0.1, 0.7, -0.4])
-    alone, everyone = [], stream_of(obs[0], 6)
-    singles = [stream_of(obs[0, n : n + 1], 6) for n in range(4)]
+    everyone = Learner(model, obs[0], 0.9, 0.8)
+    singles = [Learner(model, obs[0, n : n + 1], 0.9, 0.8) for n in range(4)]
     for t in range(8):
         valid = everyone.valid.clone()
-        actor_critic.learn(
-            model, everyone, action[t], reward[t], obs[t + 1], terminated[t], done[t], 0.9, 0.8
-        )
-        together = torch.cat([model.theta.grad, model.w.grad])
-        alone = []
+        *_, together = everyone.step(action[t], reward[t], obs[t + 1], terminated[t], done[t])
+        alone = 0
         for n, single in enumerate(singles):
-            part = slice(n, n + 1)
-            actor_critic.learn(
-                model,
-                single,
-                action[t, part],
-                reward[t, part],
-                obs[t + 1, part],
-                terminated[t, part],
-                done[t, part],
-                0.9,
-                0.8,
-            )
-            alone.append(torch.cat([model.theta.grad, model.w.grad]))
-            torch.testing.assert_close(single.trace[0], everyone.trace[n])
-        torch.testing.assert_close(together, sum(alone) / valid.sum())
+            one = slice(n, n + 1)
+            *_, update = single.step(action[t, one], reward[t, one], obs[t + 1, one],
+                                     terminated[t, one], done[t, one])
+            alone = alone + update
+            torch.testing.assert_close(single.z[0], everyone.z[n])
+        torch.testing.assert_close(together, alone / valid.sum())
         assert together.abs().max() < 1e3
 
 
 def test_per_environment_gradients_are_those_of_autograd():
-    model = actor_critic.ActorCritic(3, Discrete(2))
+    model = actor_critic.ActorCritic(Box(-1, 1, (3,)), Discrete(2))
     obs, action, discount = (
         torch.randn(4, 3),
         torch.tensor([0, 1, 1, 0]),
         torch.tensor([1.0, 0.5, 0.0, 2.0]),
     )
-    rows = actor_critic.per_env_gradient(model, obs, action, discount)
+    rows = actor_critic.per_env_gradients(model, obs, action, discount)
     for n in range(4):
         logprob, value = model(obs[n], action[n])
         grads = torch.autograd.grad(discount[n] * logprob + value, list(model.parameters()))
         torch.testing.assert_close(rows[n], torch.cat([g.flatten() for g in grads]))
 
 
-def test_apply_update_ascends():
-    model = Linear([1.0], [2.0])
-    actor_critic.apply_update(model, column(0.5, -0.25))
-    torch.optim.SGD(model.parameters(), lr=1.0).step()
-    assert model.theta.item() == 1.5 and model.w.item() == 1.75
+class Stub:
+    """Stands in for a vector environment."""
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}  # noqa: RUF012
+    spec = types.SimpleNamespace(max_episode_steps=None)
+    single_action_space = Discrete(2)
+
+    def close(self):
+        pass
 
 
-class Ring:
-    """Stands in for Envs: three states in a ring; action 1 moves on, action 0 stays.
+class Ring(Stub):
+    """Three states in a ring; action 1 moves on, action 0 stays.
 
     Arriving in state 2 is terminal three times in ten; the next step then resets to state 0. A
     continuing task must take both for ordinary moves.
     """
 
-    obs_size, action_space, threshold = 3, Discrete(2), None
+    single_observation_space = Box(0, 1, (3,))
     stay = torch.tensor([0.0, 1.0, 0.0])
     move = torch.tensor([1.0, 0.0, 3.0])
 
-    def __init__(self, env_id, num_envs, device):
+    def __init__(self, env_id, num_envs, seed):
         self.state, self.over = torch.arange(num_envs) % 3, torch.zeros(num_envs, dtype=torch.bool)
 
     def observe(self):
-        return torch.eye(3)[self.state]
+        return torch.eye(3)[self.state].numpy()
 
-    def reset(self, seed):
-        return self.observe()
+    def reset(self, seed=None):
+        return self.observe(), {}
 
     def step(self, action):
+        action = torch.tensor(action)
         reward = torch.where(action == 1, self.move[self.state], self.stay[self.state])
         arrived = (self.state + action) % 3
         ends = (arrived == 2) & (
@@ -242,7 +232,7 @@ class Ring:
         self.state = torch.where(self.over, 0, arrived)
         ends = ends & ~self.over
         self.over = ends
-        return self.observe(), reward, ends, torch.zeros_like(ends)
+        return (self.observe(), reward.numpy(), ends.numpy(), torch.zeros_like(ends).numpy(), {})
 
 
 def ring_solution():
@@ -273,31 +263,25 @@ def ring_solution():
     return mean, torch.cat([column(0.0), value])
 
 
-def test_continuing_finds_mean_reward_and_differential_values(one_update, monkeypatch):
-    one_update.updates = 60
-    monkeypatch.setattr(actor_critic, "Envs", Ring)
-    monkeypatch.setattr(actor_critic, "Run", one_update)
-    zero_head = actor_critic.Policy.__init__
+def test_continuing_finds_mean_reward_and_differential_values(monkeypatch):
+    logger, models = FakeLogger(updates=60), []
+    monkeypatch.setattr(actor_critic, "make_envs", Ring)
+    monkeypatch.setattr(actor_critic, "Logger", logger)
 
-    def uniform(policy, *args):
-        zero_head(policy, *args)
-        nn.init.zeros_(policy.net[-1].weight)
+    class Uniform(actor_critic.ActorCritic):
+        def __init__(self, *spaces):
+            super().__init__(*spaces)
+            nn.init.zeros_(self.policy.net[-1].weight)
+            nn.init.zeros_(self.policy.net[-1].bias)
+            models.append(self)
 
-    monkeypatch.setattr(actor_critic.Policy, "__init__", uniform)
-    actor_critic.train(
-        actor_critic.Args(
-            continuing=True,
-            average_reward_rate=0.01,
-            learning_rate=0.0,
-            trace_lambda=0.0,
-            num_envs=128,
-            total_timesteps=128 * 32 * 60,
-        )
-    )
-    model = one_update.parts["model"]
+    monkeypatch.setattr(actor_critic, "ActorCritic", Uniform)
+    actor_critic.train(actor_critic.Args(
+        continuing=True, average_reward_rate=0.01, learning_rate=0.0, value_learning_rate=3e-3,
+        trace_lambda=0.0, num_envs=128, total_timesteps=128 * 32 * 60))
     mean, value = ring_solution()
-    assert model.average_reward.item() == pytest.approx(mean.item(), abs=0.02)
-    learned = model.value(torch.eye(3)).detach()
+    assert logger.rows[-1][2]["average_reward"].item() == pytest.approx(mean.item(), abs=0.02)
+    learned = models[0].value(torch.eye(3)).detach()
     torch.testing.assert_close((learned - learned[0]).double(), value, atol=0.12, rtol=0)
 
 
@@ -315,108 +299,151 @@ def test_two_episodes_in_a_row_are_two_episodes(exact_discount):
     torch.testing.assert_close(whole, first + second)
 
 
-@torch.no_grad()
 def test_a_reset_only_step_has_no_error():
     obs, action, reward = episode(2)
     model, ended = Linear([0.3, -0.2, 0.5], [0.1, 0.7, -0.4]), torch.tensor([True])
-    stream = stream_of(obs[0], 6)
-    actor_critic.learn(model, stream, action[0], reward[0], obs[1], ended, ended, 0.9, 0.8)
-    delta, norm = actor_critic.learn(
-        model, stream, action[1], reward[1], obs[2], ~ended, ~ended, 0.9, 0.8
-    )
-    assert delta.item() == 0 and norm.item() == 0
+    learner = Learner(model, obs[0], 0.9, 0.8)
+    learner.step(action[0], reward[0], obs[1], ended, ended)
+    delta, norm, update = learner.step(action[1], reward[1], obs[2], ~ended, ~ended)
+    assert delta.item() == 0 and norm.item() == 0 and not update.any()
 
 
-def test_step_sizes_fall_linearly(monkeypatch):
-    run = OneUpdate(updates=3)
-    monkeypatch.setattr(actor_critic, "Run", run)
-    rates, step = [], torch.optim.Adam.step
-    monkeypatch.setattr(
-        torch.optim.Adam,
-        "step",
-        lambda adam: rates.append([group["lr"] for group in adam.param_groups]) or step(adam),
-    )
-    actor_critic.train(
-        actor_critic.Args(num_envs=4, log_every=1, total_timesteps=16, learning_rate=0.1)
-    )
-    assert rates == [[0.1, 3e-3], [0.1 * 0.75, 3e-3 * 0.75], [0.1 * 0.5, 3e-3 * 0.5]]
+def test_the_norm_is_that_of_the_update():
+    obs, action, reward = episode(1)
+    no = torch.tensor([False])
+    learner = Learner(Linear([0.3, -0.2, 0.5], [0.1, 0.7, -0.4]), obs[0], 0.9, 0.8)
+    _, norm, update = learner.step(action[0], reward[0], obs[1], no, no)
+    torch.testing.assert_close(norm, update.norm())
 
 
-class Garbage:
-    """Stands in for Envs: short episodes; what a reset-only step rewards is up to the test."""
+class Garbage(Stub):
+    """Short episodes; what a reset-only step rewards is up to the test."""
 
-    obs_size, action_space, threshold, garbage = 1, Discrete(2), None, 0.0
+    single_observation_space, garbage = Box(0, 1, (1,)), 0.0
 
-    def __init__(self, env_id, num_envs, device):
-        self.generator = torch.Generator().manual_seed(0)
-        self.num_envs, self.over = num_envs, torch.zeros(num_envs, dtype=torch.bool)
+    def __init__(self, env_id, num_envs, seed):
+        self.generator = np.random.default_rng(0)
+        self.num_envs, self.over = num_envs, np.zeros(num_envs, dtype=bool)
 
     def random(self):
-        return torch.rand(self.num_envs, generator=self.generator)
+        return self.generator.random(self.num_envs)
 
-    def reset(self, seed):
-        return self.random().unsqueeze(-1)
+    def reset(self, seed=None):
+        return self.random()[:, None], {}
 
     def step(self, action):
-        reward = torch.where(self.over, self.garbage, self.random() + action)
+        reward = np.where(self.over, self.garbage, self.random() + action)
         terminated, truncated = self.random() < 0.2, self.random() < 0.2
         terminated, truncated = terminated & ~self.over, truncated & ~self.over
         self.over = terminated | truncated
-        return self.random().unsqueeze(-1), reward, terminated, truncated
-
-
-def test_reset_only_steps_change_nothing(monkeypatch):
-    weights = []
-    monkeypatch.setattr(actor_critic, "Envs", Garbage)
-    for garbage in (0.0, 1e6):
-        monkeypatch.setattr(Garbage, "garbage", garbage)
-        run = OneUpdate(updates=3)
-        monkeypatch.setattr(actor_critic, "Run", run)
-        actor_critic.train(actor_critic.Args(num_envs=32, total_timesteps=10_000))
-        weights.append(torch.cat([p.flatten() for p in run.parts["model"].parameters()]))
-    assert torch.equal(*weights)
+        return self.random()[:, None], reward, terminated, truncated, {}
 
 
 class Interrupted(Garbage):
     """The same of a continuing task, which only time limits interrupt."""
 
     def step(self, action):
-        obs, reward, terminated, truncated = super().step(action)
-        return obs, reward, torch.zeros_like(terminated), terminated | truncated
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, reward, np.zeros_like(terminated), terminated | truncated, info
+
+
+def train_on(envs, monkeypatch, garbage, **flags):
+    """Three rows of the log, and the policy's weights."""
+    logger = FakeLogger(updates=3)
+    monkeypatch.setattr(actor_critic, "make_envs", envs)
+    monkeypatch.setattr(actor_critic, "Logger", logger)
+    monkeypatch.setattr(Garbage, "garbage", garbage)
+    policy, _ = actor_critic.train(actor_critic.Args(**({"num_envs": 32} | flags)))
+    return logger.rows, torch.cat([p.flatten() for p in policy.parameters()])
+
+
+def test_reset_only_steps_change_nothing(monkeypatch):
+    (rows, weights), (other, same) = (train_on(Garbage, monkeypatch, x) for x in (0.0, 1e6))
+    assert torch.equal(weights, same)
+    for (_, returns, _), (_, again, _) in zip(rows, other):
+        assert torch.equal(returns, again) and len(returns) > 100
 
 
 def test_the_score_of_a_continuing_task_counts_no_reset(monkeypatch):
     scores = []
-    monkeypatch.setattr(actor_critic, "Envs", Interrupted)
     for garbage in (0.0, 1e6):
-        monkeypatch.setattr(Garbage, "garbage", garbage)
-        run = OneUpdate(updates=3)
-        monkeypatch.setattr(actor_critic, "Run", run)
-        args = actor_critic.Args(num_envs=32, total_timesteps=10_000, continuing=True)
-        actor_critic.train(args)
-        scores.append(torch.cat([returns for _, returns, _ in run.rows]))
-    assert torch.equal(*scores) and len(scores[0]) == 3
+        rows, _ = train_on(Interrupted, monkeypatch, garbage, continuing=True)
+        scores.append(torch.cat([returns for _, returns, _ in rows]))
+    assert torch.equal(*scores) and len(scores[0]) == 3, "one mean for each row"
     assert (scores[0] > 0.9).all() and (scores[0] < 1.5).all(), "rewards are from 0 to 2"
 
 
+def test_average_reward_moves_by_the_mean_error_of_valid_steps(monkeypatch):
+    """With step size 1 and no values the first update makes it the mean reward."""
+    class Zero(actor_critic.Value):
+        def forward(self, obs):
+            return super().forward(obs) * 0
+
+    monkeypatch.setattr(actor_critic, "Value", Zero)
+    rows, _ = train_on(Interrupted, monkeypatch, 1e6, continuing=True, average_reward_rate=1.0,
+                       log_every=1)
+    torch.testing.assert_close(rows[0][1][0], rows[0][2]["average_reward"])
+
+
+def test_episodes_add_up_their_rewards(monkeypatch):
+    """Also across the rows of the log: returns of all episodes, found by playing again."""
+    rows, _ = train_on(Garbage, monkeypatch, 0.0, num_envs=4, log_every=5, learning_rate=0.0)
+    envs, totals, expected = Garbage("", 4, 0), np.zeros(4), []
+    torch.manual_seed(1)
+    model = actor_critic.ActorCritic(Garbage.single_observation_space, Discrete(2))
+    obs, _ = envs.reset()
+    for _ in range(15):
+        with torch.no_grad():
+            action = model.policy(torch.tensor(obs, dtype=torch.float32)).sample()
+        obs, reward, terminated, truncated, _ = envs.step(action.numpy())
+        totals += reward
+        expected += totals[terminated | truncated].tolist()
+        totals[terminated | truncated] = 0
+    seen = torch.cat([returns for _, returns, _ in rows]).tolist()
+    assert seen == pytest.approx(expected) and len(seen) > 5
+
+
 def test_a_step_that_only_resets_moves_no_weights(monkeypatch):
-    """Not by Adam's momentum either, which is what a lone environment would show."""
-    step, moves, run = torch.optim.Adam.step, [], OneUpdate(updates=3)
+    """Not by Adam's momentum either, as a single environment shows."""
+    step, moves = torch.optim.Adam.step, []
 
     def watched(self, *args):
         moves.append(1)
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.Adam, "step", watched)
-    monkeypatch.setattr(actor_critic, "Run", run)
-    actor_critic.train(actor_critic.Args(num_envs=1, total_timesteps=10_000))
-    steps, ends = sum(row[0] for row in run.rows), sum(len(row[1]) for row in run.rows)
+    monkeypatch.setattr(actor_critic, "Logger", FakeLogger(updates=3))
+    actor_critic.train(actor_critic.Args(num_envs=1))
+    logger = actor_critic.Logger
+    steps, ends = sum(row[0] for row in logger.rows), sum(len(row[1]) for row in logger.rows)
     assert ends > 2 and len(moves) in (steps - ends, steps - ends + 1)  # the last may still reset
 
 
-def test_episode_returns_across_batches():
-    reward = torch.tensor([[1.0, 1.0], [2.0, 1.0], [0.0, 1.0], [4.0, 1.0]])
-    done = torch.tensor([[False, False], [True, False], [False, False], [False, True]])
-    sums, running = actor_critic.running_sums(reward, done, torch.tensor([10.0, 0.0]), 1.0)
-    finished = sums[done]
-    assert finished.tolist() == [13.0, 4.0] and running.tolist() == [4.0, 0.0]
+def test_each_network_has_its_step_size(monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam,
+        "step",
+        lambda adam: rates.append([(group["lr"], sum(p.numel() for p in group["params"]))
+                                   for group in adam.param_groups]) or step(adam),
+    )
+    monkeypatch.setattr(actor_critic, "Logger", FakeLogger())
+    policy, _ = actor_critic.train(
+        actor_critic.Args(num_envs=4, log_every=1, learning_rate=0.1, value_learning_rate=0.2))
+    sizes = [sum(p.numel() for p in policy.parameters()), 64 * 5 + 64 * 65 + 65]
+    assert rates == [list(zip([0.1, 0.2], sizes))]
+
+
+@pytest.mark.parametrize("continuing", [False, True])
+def test_what_ends_an_episode(continuing):
+    """Terminal states and time limits; in a continuing task only time limits."""
+
+    class Ends(Stub):
+        def step(self, action):
+            ends = np.array([[True, False, False], [False, True, False]])
+            return np.zeros((3, 1)), np.ones(3), *ends, {}
+
+    action = torch.zeros(3, dtype=torch.long)
+    step = actor_critic.step_envs(Ends(), torch.zeros(3, 1), action, torch.ones(3), continuing)
+    assert step["terminated"].tolist() == [not continuing, False, False]
+    assert step["done"].tolist() == [not continuing, True, False]

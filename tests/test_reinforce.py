@@ -73,10 +73,11 @@ def true_objective(policy, gamma):
 @pytest.fixture
 def double(monkeypatch):
     """Compute in float64, also where a script asks for float32."""
+    single = torch.float32
     torch.set_default_dtype(torch.float64)
     monkeypatch.setattr(torch, "float32", torch.float64)
     yield
-    torch.set_default_dtype(torch.float32)
+    torch.set_default_dtype(single)
 
 
 def train_on_all_trajectories(script, monkeypatch, on_policy=True, **flags):

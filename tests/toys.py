@@ -94,6 +94,15 @@ class Target(Toy):
         return self.see(0), -float((action[0] - 0.5) ** 2), True, False, {}
 
 
+class FarTarget(Toy):
+    """The same with actions from 16 to 30; the best one is 26.5, three quarters of the way."""
+
+    action_space = Box(16, 30, (1,), np.float32)
+
+    def step(self, action):
+        return self.see(0), -float(((action[0] - 23) / 7 - 0.5) ** 2), True, False, {}
+
+
 class BrokenReward(Toy):
     """The reward is not a number from the 300th step on."""
 
@@ -147,6 +156,7 @@ for kind in (
     Matching,
     Bait,
     Target,
+    FarTarget,
     BrokenReward,
     BrokenObservation,
     Switches,
