@@ -165,7 +165,7 @@ def step_envs(envs, obs, action, valid, continuing):
     returns the first observation of the next episode. valid is False for such a step, as nothing
     can be learned from it. With continuing, only a time limit is done [C5].
     """
-    next_obs, reward, terminated, truncated, _ = envs.step(to_env_action(action, envs))
+    next_obs, reward, terminated, truncated, _ = envs.step(to_env_action(action, envs))  # [C6]
     terminated = terminated & (not continuing)                                  # [C5]
     return {"obs": obs, "action": action, "next_obs": to_tensor(next_obs, obs.device),
             "reward": torch.tensor(reward, dtype=torch.float32, device=obs.device),

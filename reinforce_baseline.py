@@ -140,7 +140,7 @@ def play_episodes(envs, policy, max_steps, device, greedy=False):
         obs = torch.tensor(next_obs, dtype=torch.float32, device=device).reshape(len(next_obs), -1)
         pi = policy(obs)
         action = pi.mode if greedy else pi.sample()
-        next_obs, reward, terminated, truncated, _ = envs.step(to_env_action(action, envs))
+        next_obs, reward, terminated, truncated, _ = envs.step(to_env_action(action, envs))  # [C4]
         reward = torch.tensor(np.where(running, reward, 0), dtype=torch.float32, device=device)
         mask = torch.tensor(running, device=device)
         steps.append({"obs": obs, "action": action, "reward": reward, "mask": mask})

@@ -85,8 +85,10 @@ def mutants():
 def sizes(name):
     """Code lines of a script, and of these down to the end of train."""
     source = (ROOT / f"{name}.py").read_text()
-    code, mark = code_lines(source), source[: source.index("\n# Below this line")].count("\n")
-    return f"{len(code)}; {sum(line <= mark for line in code)}"
+    end = next(node.end_lineno for node in ast.parse(source).body
+               if isinstance(node, ast.FunctionDef) and node.name == "train")
+    code = code_lines(source)
+    return f"{len(code)}; {sum(line <= end for line in code)}"
 
 
 def render(text):

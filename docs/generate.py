@@ -30,7 +30,7 @@ ablations, cartpole, curves, dpo, grpo, mutants, ppo, tasks = map(importlib.impo
     "ablations", "cartpole", "curves", "dpo", "grpo", "run", "ppo", "tasks"))
 
 LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "ppo", "grpo", "dpo"]
-BELOW = "\n# Below this line"
+BELOW = re.compile(r"\n# (?:--- The algorithm ends here|Below this line)")
 TAGGED = re.compile(r"\s*(.*\S)\s{2,}# ((?:\(\d|\[C).*)")  # a line of code, and what it bears
 INTRO = """# Every line earns its place
 
@@ -62,7 +62,7 @@ def read_script(name):
 def algorithm(name):
     """(number, line) of a script's lines from the first function to the end of train."""
     source = read_script(name)
-    lines = source[:source.index(BELOW)].rstrip().split("\n")
+    lines = source[:BELOW.search(source).start()].rstrip().split("\n")
     first = next(i for i, line in enumerate(lines) if line.startswith("def "))
     return list(enumerate(lines, 1))[first:]
 

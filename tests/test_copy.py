@@ -1,12 +1,18 @@
 """docs/copy.md: each change it shows, made to a copy in a folder of its own, runs."""
 
+import importlib.util
+import itertools
 import json
 import re
 import subprocess
 import sys
 
+import gymnasium as gym
 import pytest
+import test_reinforce
+import torch
 from conftest import ROOT
+from test_reinforce import double  # noqa: F401
 
 CHANGES = dict(
     re.findall(
@@ -38,14 +44,19 @@ gym.register("MyEnv-v0", MyEnv, max_episode_steps=20)
 
 
 def changed(name, folder):
-    """A copy of the script that the change names, with the change made."""
+    """A copy of the script that the change names, with the change made.
+
+    Hunks begin with @@; lines that begin with a space stay.
+    """
     script, *lines = CHANGES[name].splitlines()
     script = script.removeprefix("--- ")
-    old = "\n".join(line[1:] for line in lines if line.startswith("-"))
-    new = "\n".join(line[1:] for line in lines if line.startswith("+"))
     source = (ROOT / script).read_text()
-    assert source.count(old) == 1
-    (folder / script).write_text(source.replace(old, new))
+    for hunk in "\n".join(lines).removeprefix("@@\n").split("\n@@\n"):
+        old = "\n".join(line[1:] for line in hunk.split("\n") if not line.startswith("+"))
+        new = "\n".join(line[1:] for line in hunk.split("\n") if not line.startswith("-"))
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    (folder / script).write_text(source)
     return script
 
 
@@ -58,7 +69,7 @@ def run(folder, *command):
 
 
 def test_every_change_is_tested():
-    assert set(CHANGES) == {"network", "reward"}
+    assert set(CHANGES) == {"network", "offpolicy", "reward"}
 
 
 def test_own_environment(tmp_path):
@@ -75,6 +86,89 @@ def test_own_environment(tmp_path):
 def test_own_network(tmp_path):
     script = changed("network", tmp_path)
     run(tmp_path, script, "--total-timesteps", "4096", "--run-dir", "run")
+
+
+def imported(path):
+    """A script in another folder, as a module of its own."""
+    spec = importlib.util.spec_from_file_location("changed_copy", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_off_policy_reinforce_runs(tmp_path):
+    script = changed("offpolicy", tmp_path)
+    run(tmp_path, script, "--total-timesteps", "3000", "--eval-episodes", "2", "--run-dir", "run")
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.8])
+def test_off_policy_reinforce_is_exact(gamma, tmp_path, monkeypatch, double):  # noqa: F811
+    """With epsilon 1 the actions are uniform, so the mean over all trajectories is E_b itself."""
+    script = imported(tmp_path / changed("offpolicy", tmp_path))
+    monkeypatch.setattr(script, "EPSILON", 1.0)
+    policy, _ = test_reinforce.train_on_all_trajectories(
+        script, monkeypatch, on_policy=False, gamma=gamma)
+    test_reinforce.assert_gradient_is_exact(policy, gamma)
+
+
+@pytest.mark.parametrize("right, wrong", [
+    ("(pi / b).cumprod(0)", "pi / b"), ("(pi / b).cumprod(0)", "(b / pi).cumprod(0)"),
+    ("EPSILON / envs.single_action_space.n", "EPSILON"),
+    ("with torch.no_grad():\n                pi", "if True:\n                pi"),
+], ids=["one ratio", "upside down", "not divided", "gradient through the ratio"])
+def test_broken_off_policy_reinforce_is_not_exact(
+        right, wrong, tmp_path, monkeypatch, double):  # noqa: F811
+    path = tmp_path / changed("offpolicy", tmp_path)
+    assert path.read_text().count(right) == 1
+    path.write_text(path.read_text().replace(right, wrong))
+    script = imported(path)
+    monkeypatch.setattr(script, "EPSILON", 1.0)
+    policy, _ = test_reinforce.train_on_all_trajectories(script, monkeypatch, on_policy=False)
+    with pytest.raises(AssertionError):
+        test_reinforce.assert_gradient_is_exact(policy, 1.0)
+
+
+def test_behavior_policy_is_the_stated_mixture(tmp_path):
+    script = imported(tmp_path / changed("offpolicy", tmp_path))
+    script.EPSILON = 0.4
+    envs = script.make_envs("CartPole-v1", 4_000, 0)
+    torch.manual_seed(0)
+    policy = script.Policy(envs.single_observation_space, envs.single_action_space)
+    with torch.no_grad():
+        policy.net[-1].bias.copy_(torch.tensor([5.0, -5.0]))  # π(0) is nearly 1
+    batch = script.play_episodes(envs, policy, 1, "cpu")
+    assert (batch["action"] == 0).float().mean().item() == pytest.approx(0.8, abs=0.02)
+
+
+def test_the_variance_of_the_ratios_is_that_of_the_table():
+    """The second moment, summed over all sequences of actions for few steps and by formula."""
+    text = (ROOT / "docs" / "copy.md").read_text()
+    table = re.findall(r"^\| (10+|500) \| (\S+) \| (\S+) \| (\S+) \|$", text, re.MULTILINE)
+    assert [int(row[0]) for row in table] == [10, 100, 500]
+    for column, epsilon in enumerate((0.1, 0.2, 0.5), 1):
+        pi = torch.tensor([0.9, 0.1], dtype=torch.float64)
+        b = (1 - epsilon) * pi + epsilon / 2
+        factor = (pi**2 / b).sum()
+        paths = torch.tensor(list(itertools.product(range(2), repeat=10)))
+        product = (pi[paths] / b[paths]).prod(1)
+        torch.testing.assert_close((b[paths].prod(1) * product).sum(), torch.ones_like(factor))
+        torch.testing.assert_close((b[paths].prod(1) * product**2).sum(), factor**10)
+        for row in table:
+            assert row[column] == f"{factor.item() ** int(row[0]):.3g}"
+
+
+def test_saved_weights_load_in_three_lines(tmp_path, monkeypatch):
+    import reinforce
+
+    text = (ROOT / "docs" / "copy.md").read_text()
+    code = re.search(r"<!-- example weights -->\n```python\n(.*?)```", text, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    reinforce.train(reinforce.Args(total_timesteps=500, run_dir="runs/mine"))
+    env = gym.make("CartPole-v1")
+    obs, _ = env.reset(seed=0)
+    names = {"Policy": reinforce.Policy, "torch": torch, "env": env, "obs": obs}
+    exec(code, names)
+    assert env.action_space.contains(names["action"].item())
 
 
 @pytest.mark.slow

@@ -628,3 +628,11 @@ def test_compiled_is_eager():
         weights.append(torch.cat([p.detach().flatten() for p in agent.parameters()]))
         assert agent.sample(obs).shape == (64, 1) and math.isfinite(report["approx_kl"])
     torch.testing.assert_close(*weights, atol=1e-4, rtol=1e-3)
+
+
+def test_numbers_beyond_float32_are_not_finite():
+    envs = object.__new__(ppo.VectorEnv)
+    envs.device = torch.device("cpu")
+    assert envs.tensor("observation", np.full(2, 1e38)).isfinite().all()
+    with pytest.raises(FloatingPointError, match="observation"):
+        envs.tensor("observation", np.full(2, 1e39))

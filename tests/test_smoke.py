@@ -1,8 +1,10 @@
 """Each script trains briefly: better than without updates by a margin, and twice the same."""
 
 import csv
+import importlib
 
 import pytest
+from conftest import LADDER
 
 # (flags, the score to reach); a policy that never learns stays near 22 on CartPole
 BRIEF = {
@@ -18,25 +20,32 @@ def rows(folder):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
+def score(name, folder, **flags):
+    script = importlib.import_module(name)
+    result = script.train(script.Args(run_dir=str(folder), **flags))
+    return result if name == "ppo" else result[1]
+
+
 @pytest.mark.slow
-def test_it_learns_and_a_second_run_is_the_same(script, tmp_path):
-    flags, goal = BRIEF[script.__name__]
-    scores = [script.train(script.Args(run_dir=str(tmp_path / run), **flags)) for run in "ab"]
+@pytest.mark.parametrize("name", LADDER)
+def test_it_learns_and_a_second_run_is_the_same(name, tmp_path):
+    flags, goal = BRIEF[name]
+    scores = [score(name, tmp_path / run, **flags) for run in "ab"]
     assert scores[0] > goal
     assert scores[0] == scores[1]
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
 
 
 @pytest.mark.slow
-def test_without_learning_it_does_not_reach_that(script, tmp_path):
+@pytest.mark.parametrize("name", LADDER)
+def test_without_learning_it_does_not_reach_that(name, tmp_path):
     """What shows that the test above can fail."""
-    flags, goal = BRIEF[script.__name__]
-    assert script.train(script.Args(run_dir=str(tmp_path), learning_rate=0.0, **flags)) < goal / 1.5
+    flags, goal = BRIEF[name]
+    assert score(name, tmp_path, learning_rate=0.0, **flags) < goal / 1.5
 
 
-def test_another_seed_is_another_run(script, tmp_path):
+@pytest.mark.parametrize("name", LADDER)
+def test_another_seed_is_another_run(name, tmp_path):
     for seed in (1, 2):
-        script.train(
-            script.Args(run_dir=str(tmp_path / str(seed)), total_timesteps=4_096, seed=seed)
-        )
+        score(name, tmp_path / str(seed), total_timesteps=4_096, seed=seed)
     assert rows(tmp_path / "1") != rows(tmp_path / "2")
