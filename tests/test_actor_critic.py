@@ -447,3 +447,36 @@ def test_what_ends_an_episode(continuing):
     step = actor_critic.step_envs(Ends(), torch.zeros(3, 1), action, torch.ones(3), continuing)
     assert step["terminated"].tolist() == [not continuing, False, False]
     assert step["done"].tolist() == [not continuing, True, False]
+
+
+def test_a_time_limit_clears_the_trace():
+    obs, action, reward = episode(1)
+    no, yes = torch.tensor([False]), torch.tensor([True])
+    learner = Learner(Linear([0.3, -0.2, 0.5], [0.1, 0.7, -0.4]), obs[0], 0.9, 0.8)
+    learner.step(action[0], reward[0], obs[1], no, yes)
+    assert not learner.z.any()
+
+
+@pytest.mark.parametrize("exact_discount", [True, False])
+def test_the_factor_of_time_is_that_of_the_step_in_its_episode(exact_discount, monkeypatch):
+    """train() passes I = γ^t to learn(): 1 in the first step of each episode, then γ, γ², ..."""
+    seen, learn = [], actor_critic.learn
+
+    def watched(model, z, step, discount, *rest):
+        seen.append((discount.clone(), step["valid"], step["done"]))
+        return learn(model, z, step, discount, *rest)
+
+    monkeypatch.setattr(actor_critic, "learn", watched)
+    train_on(Garbage, monkeypatch, 0.0, num_envs=4, gamma=0.5, exact_discount=exact_discount)
+    t, ends = torch.zeros(4), 0
+    for discount, valid, done in seen:
+        expected = 0.5**t if exact_discount else torch.ones(4)
+        assert torch.equal(discount[valid], expected[valid])
+        t = torch.where(done | ~valid, 0, t + 1)
+        ends += int(done.sum())
+    assert ends > 20
+
+
+def test_episodic_tasks_have_no_average_reward(monkeypatch):
+    rows, _ = train_on(Garbage, monkeypatch, 0.0)
+    assert all(row[2]["average_reward"] == 0 for row in rows)

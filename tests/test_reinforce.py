@@ -241,3 +241,45 @@ def test_each_update_plays_other_episodes(name, monkeypatch):
     monkeypatch.setattr(script, "Logger", FakeLogger(updates=3))
     script.train(script.Args(num_envs=2, seed=5))
     assert len(torch.cat(firsts).unique(dim=0)) == 6, "no two episodes begin alike"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_return_is_that_from_each_step_on(name):
+    script = importlib.import_module(name)
+    reward = torch.tensor([[1.0, 0.0], [2.0, 1.0], [4.0, 0.0]])
+    returns = script.discounted_returns(reward, 0.5)
+    assert returns.tolist() == [[3.0, 0.5], [4.0, 1.0], [4.0, 0.0]]
+    assert reward.tolist() == [[1.0, 0.0], [2.0, 1.0], [4.0, 0.0]]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_gradient_is_that_of_its_batch_alone(name, monkeypatch):
+    """Of the last batch: found again from the rows that the loss was given."""
+    script, seen, models = importlib.import_module(name), [], []
+    loss, step = script.policy_gradient_loss, torch.optim.Adam.step
+    monkeypatch.setattr(script, "policy_gradient_loss",
+                        lambda *columns: seen.append(loss(*columns)) or seen[-1])
+    backward = torch.Tensor.backward
+
+    def watched(loss_of_batch, *args):
+        models.append(torch.autograd.grad(seen[-1], PARAMS, retain_graph=True))
+        return backward(loss_of_batch, *args)
+
+    policy = script.Policy
+
+    def made(*spaces):
+        PARAMS[:] = list((net := policy(*spaces)).parameters())
+        return net
+
+    PARAMS = []
+    monkeypatch.setattr(script, "Policy", made)
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
+    grads = []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: grads.append(
+        [param.grad.clone() for param in PARAMS]) or step(adam))
+    monkeypatch.setattr(script, "Logger", FakeLogger(updates=3))
+    script.train(script.Args(num_envs=2))
+    for expected, actual in zip(models, grads):
+        for one, other in zip(expected, actual):
+            torch.testing.assert_close(one, other)
+    assert len(grads) == 3

@@ -217,6 +217,28 @@ def test_an_evaluation_plays_in_batches_of_num_envs(simple, capsys, monkeypatch)
     assert made == [3] and "mean return 1.9 over 7 episodes" in capsys.readouterr().out
 
 
+def test_evaluation_takes_the_most_likely_action(simple, capsys, monkeypatch):
+    """The likelier action, 1, is rewarded; a sample would often be the other."""
+
+    class Rewarding(Counter):
+        def step(self, actions):
+            obs, _, terminated, truncated, info = super().step(actions)
+            return obs, actions.astype(float), terminated, truncated, info
+
+    monkeypatch.setattr(simple, "make_envs", lambda env_id, num_envs, seed: Rewarding(num_envs))
+    forward = simple.Policy.forward
+
+    def biased(policy, obs):
+        with torch.no_grad():
+            policy.net[-1].bias.copy_(torch.tensor([0.0, 0.5]))
+        return forward(policy, obs * 0)
+
+    monkeypatch.setattr(simple.Policy, "forward", biased)
+    torch.manual_seed(0)
+    evaluate(simple, simple.Args(num_envs=16, eval_episodes=16))
+    assert "mean return 8.5 over 16" in capsys.readouterr().out
+
+
 def test_training_environments_are_closed_before_evaluation(simple, tmp_path, monkeypatch):
     made, events = simple.make_envs, []
 
@@ -316,7 +338,7 @@ class Careless(gym.Env):
 
     def step(self, action):
         obs = np.random.rand(1).astype(np.float32)
-        return obs, random.random(), random.random() < 0.1, False, {}
+        return obs, random.random() + np.random.rand(), random.random() < 0.1, False, {}
 
 
 gym.register("Careless-v0", Careless)
