@@ -7,38 +7,45 @@
 """Online actor-critic with eligibility traces (Sutton & Barto, sections 13.5 and 13.6).
 
 Learn after every step instead of after whole episodes. The critic v̂(s; w) estimates the return
-from a state. The TD error δ is positive if a step went better than the critic expected. It moves
-v̂(S) up or down, and makes the action more or less likely under the policy π(a|s; θ), the actor.
-Eligibility traces z give earlier states and actions a share of δ that decays. Equation numbers
-refer to Sutton & Barto, Reinforcement Learning (2nd ed., 2018):
+from a state. The TD error δ is positive if a step went better than the critic expected. If δ > 0,
+the update raises v̂(S) and makes the action more likely under the policy π(a|s; θ), the actor; if
+δ < 0, the reverse. Eligibility traces z give earlier states and actions a share of δ, smaller by
+γλ for each step back. Equation numbers refer to Sutton & Barto, Reinforcement Learning (2nd ed.,
+2018):
 
-    δ = R + γ v̂(S'; w) − v̂(S; w)                     (12.6)   with v̂(terminal state) = 0
-    z_w ← γλ z_w + ∇v̂(S; w)                          (12.5)   trace of the critic
-    z_θ ← γλ z_θ + I ∇log π(A|S; θ)                            trace of the actor, I = γ^t [C1]
-    w ← w + α_w δ z_w,   θ ← θ + α_θ δ z_θ           (12.7)   after every step
+    δ = R + γ v̂(S'; w) − v̂(S; w)             (12.6)         with v̂(terminal state) = 0
+    z_w ← γλ z_w + ∇v̂(S; w)                  (12.5)         trace of the critic
+    z_θ ← γλ z_θ + I ∇log π(A|S; θ)          (box of 13.5)  trace of the actor, I = γ^t [C1]
+    w ← w + α_w δ z_w,   θ ← θ + α_θ δ z_θ   (12.7)         after every step
 
-The actor's part is from the box of section 13.5. With --continuing (box of section 13.6) γ = 1, and
-the policy maximizes the average reward, which R̄ estimates:
+With --continuing γ = 1, and the policy maximizes the average reward, which R̄ estimates:
 
-    δ = R − R̄ + v̂(S'; w) − v̂(S; w)                   (10.10)  then R̄ ← R̄ + α_R δ
+    δ = R − R̄ + v̂(S'; w) − v̂(S; w)           (10.10)
+    R̄ ← R̄ + α_R δ                            (box of 13.6)
 
 Implementation choices:
-[C1] I = γ^t is the book's factor for the objective E[Σ_t γ^t R_{t+1}]. Most implementations drop
-     it, as --no-exact-discount does; late steps then count in full.
-[C2] N environments step together. Each has its own traces; the update is the mean of their δ z.
-     Both traces decay with the same λ.
-[C3] The optimizer gets −δ z as the gradient and takes an Adam step. The book adds α δ z.
-[C4] At a terminal state and at a time limit a new episode starts: z is cleared and I is 1 again.
-     Only a terminal state has value 0; at a time limit δ bootstraps from v̂(S').
-[C5] With --continuing a terminal state does not end anything. The reset that follows is a step like
-     any other, and z and I go on. Only time limits interrupt the task. The score is the mean reward
-     per step.
+[C1] I = γ^t, with t the step in its episode, is the book's factor for E[Σ_t γ^t R_{t+1}]. Most
+     implementations drop it, as --no-exact-discount does; late steps then count in full.
+[C2] N environments step together, each with its own traces. The update is the mean of δ z over
+     those that did not just reset. Both traces decay with the same λ.
+[C3] Adam minimizes, so it gets −δ z as the gradient. Its step is not proportional to δ z; the
+     book's, α δ z, is.
+[C4] A terminal state has value 0. At a time limit δ bootstraps from v̂(S'). Both end the episode:
+     after the update z is cleared, and I is 1 again.
+[C5] With --continuing a terminal state does not end anything. The reset that follows it is a step
+     like any other, and z is not cleared. Only time limits interrupt the task. The score is the
+     mean reward per step.
 [C6] Box actions: the environment gets the sampled action scaled from [-1, 1] to its bounds and
      clipped. log π is that of the sample.
 
 Shapes: N environments, O observation size, A action size, P parameters of both networks.
 
     python actor_critic.py --env-id CartPole-v1
+
+Results, ten seeds (flags and raw rows in benchmarks/, seconds of training on two cores):
+    CartPole-v1 to 475: 10 of 10 seeds, median 95,232 steps, 7 s
+    Acrobot-v1 to -100: 9 of 10 seeds, median 110,592 steps, 35 s
+    CartPole-v1, continuing, to 0.99: 9 of 10 seeds, median 244,736 steps, 34 s
 """
 
 import json
@@ -74,8 +81,8 @@ class Args:
     continuing: bool = False  # maximize the average reward, without discounting [C5]
     average_reward_rate: float = 1e-3  # step size of the average reward
     log_every: int = 32  # updates per row of metrics.csv
-    max_episode_steps: int = 0  # cut evaluation episodes; 0: environment's limit, or 10,000
-    stop_at: float | None = None  # stop when the mean return of 100 episodes reaches this
+    max_episode_steps: int = 0  # in evaluation; 0: environment's limit, or 10000 if none
+    stop_at: float | None = None  # stop when the score reaches this
     eval_episodes: int = 0  # greedy episodes to play after training
     device: str = "cpu"  # "cuda" works, but networks this small are faster on the CPU
     run_dir: str = ""  # output folder; default: runs/<script>-<env>-<seed>-<time>
@@ -86,23 +93,25 @@ class Args:
 def td_error(reward, value, next_value, terminated, gamma, average_reward):
     """Compute δ (N,) from tensors (N,). A time limit does not count as terminated.
 
-    average_reward is R̄ with --continuing, where gamma is 1, and 0 otherwise.
+    With --continuing average_reward is R̄ and gamma is 1, otherwise average_reward is 0.
     """
     return reward - average_reward + gamma * next_value * ~terminated - value   # (12.6) (10.10)
 
 
-def per_env_gradients(model, obs, action, discount):
+def per_env_gradients(model, obs, action, discount, valid):
     """Compute I ∇log π(A|S; θ) and ∇v̂(S; w) for every environment, side by side in (N, P).
 
-    The sum I log π + v̂ has both as its gradient, since θ and w share no parameter. The columns are
-    in the order of model.parameters().
+    The gradient of the sum I log π + v̂ holds both, since θ and w share no parameter: the first in
+    θ's columns, the second in w's. The columns are in the order of model.parameters(). discount is
+    I, (N,). Rows where valid, (N,), is False are 0.
     """
-    def objective(params, obs, action, discount):
+    def objective(params, obs, action, discount, valid):
         logprob, value = functional_call(model, params, (obs, action))
-        return discount * logprob + value
+        return valid * (discount * logprob + value)
 
     params = dict(model.named_parameters())
-    gradients = vmap(grad(objective), in_dims=(None, 0, 0, 0))(params, obs, action, discount)
+    # The same params for every environment, one row of the others for each.
+    gradients = vmap(grad(objective), (None, 0, 0, 0, 0))(params, obs, action, discount, valid)
     return torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1)
 
 
@@ -120,6 +129,7 @@ class Policy(nn.Module):
         discrete = isinstance(action_space, Discrete)
         size = int(action_space.n) if discrete else math.prod(action_space.shape)
         self.net = mlp(math.prod(obs_space.shape), size)
+        # The mean starts near 0 and the standard deviation at 0.6; the actions' range is [-1, 1].
         self.log_std = None if discrete else nn.Parameter(torch.full((size,), -0.5))
 
     def forward(self, obs):
@@ -161,9 +171,11 @@ def step_envs(envs, obs, action, valid, continuing):
 
     Returns a dict of obs and next_obs (N, O), action (N,) or (N, A), and reward, terminated, done
     and valid (N,). done: the episode ends here, terminated or at a time limit, and next_obs is its
-    last observation. The step after that only resets the environment: it ignores the action and
-    returns the first observation of the next episode. valid is False for such a step, as nothing
-    can be learned from it. With continuing, only a time limit is done [C5].
+    last observation. With continuing, terminated is always False, and done only at a time limit.
+
+    The step after done only resets the environment: it ignores the action and returns the first
+    observation of the next episode. Nothing can be learned from it. The caller passes valid =
+    False for such a step, that is, ~done of the step before.
     """
     next_obs, reward, terminated, truncated, _ = envs.step(to_env_action(action, envs))  # [C6]
     terminated = terminated & (not continuing)                                  # [C5]
@@ -177,25 +189,31 @@ def learn(model, z, step, discount, gamma, trace_lambda, average_reward):
     """Compute the update for one step of all environments; store its negative in .grad.
 
     step comes from step_envs, z (N, P) holds the traces, discount (N,) is I. Returns δ (N,), the
-    traces for the next step (N, P) and the norm of the update. Raises an error if it is not finite.
+    traces for the next step (N, P) and the norm of the update. Raises an error if that norm is not
+    finite.
     """
     value, next_value = model.value(step["obs"]), model.value(step["next_obs"])
     delta = td_error(step["reward"], value, next_value, step["terminated"], gamma, average_reward)
-    delta = delta * step["valid"]
-    gradient = per_env_gradients(model, step["obs"], step["action"], discount)  # (N, P)
-    z = gamma * trace_lambda * z + gradient * step["valid"].unsqueeze(1)        # (12.5)
-    update = delta @ z / step["valid"].sum().clamp(min=1)                       # (12.7) [C2]
+    valid = step["valid"]
+    delta = delta * valid
+    gradient = per_env_gradients(model, step["obs"], step["action"], discount, valid)  # (N, P)
+    # valid also clears the traces of an episode that has ended, after its last δ was used.
+    z = gamma * trace_lambda * valid.unsqueeze(1) * z + gradient                # (12.5) [C4]
+    update = delta @ z / valid.sum().clamp(min=1)                               # (12.7) [C2]
     norm = nn.utils.get_total_norm([update], error_if_nonfinite=True)
-    params = list(model.parameters())
+    params = list(model.parameters())  # in the same order as the columns of z
     for param, part in zip(params, update.split([param.numel() for param in params])):
         param.grad = -part.view_as(param)                                       # [C3]
-    z = z * ~step["done"].unsqueeze(1)  # after the last δ was used               [C4]
     return delta, z, norm
 
 
-@torch.no_grad()  # all gradients come from torch.func.grad, which works nevertheless
+@torch.no_grad()  # torch.func.grad computes gradients all the same
 def train(args):
-    """Train a policy. Return it and the score, the mean return of the last 100 episodes."""
+    """Train a policy. Return it and the score.
+
+    The score is the mean return of the last 100 episodes, with --continuing the mean reward per
+    step in the last 100 rows of the log.
+    """
     setup(args)
     envs = make_envs(args.env_id, args.num_envs, args.seed)
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
@@ -204,8 +222,9 @@ def train(args):
     optimizer = torch.optim.Adam(model.policy.parameters(), args.learning_rate, fused=True)
     optimizer.add_param_group({"params": model.value.parameters(), "lr": args.value_learning_rate})
     gamma, r_bar_rate = (1.0, args.average_reward_rate) if args.continuing else (args.gamma, 0.0)
-    obs = to_tensor(envs.reset()[0], args.device)
+    obs = to_tensor(envs.reset()[0], args.device)  # (N, O)
     valid = torch.ones(args.num_envs, dtype=torch.bool, device=args.device)
+    # z_θ and z_w side by side, (N, P)
     z = torch.zeros(args.num_envs, sum(p.numel() for p in model.parameters()), device=args.device)
     discount = torch.ones(args.num_envs, device=args.device)                    # I
     r_bar = torch.zeros((), device=args.device)                                 # R̄
@@ -213,15 +232,16 @@ def train(args):
     with Logger(args, model.policy) as log:
         while log.step < args.total_timesteps and not log.reached(args.stop_at):
             scores = []
-            for _ in range(args.log_every):  # an update each; the loop only groups them for the log
+            for _ in range(args.log_every):  # one update in each turn; grouped only for the log
                 pi = model.policy(obs)
                 step = step_envs(envs, obs, pi.sample(), valid, args.continuing)
                 delta, z, norm = learn(model, z, step, discount, gamma, args.trace_lambda, r_bar)
                 if valid.any():  # otherwise the update is 0, but Adam's momentum is not
                     optimizer.step()
+                # R̄ stays 0 without --continuing, as r_bar_rate is 0.
                 r_bar += r_bar_rate * delta.sum() / valid.sum().clamp(min=1)
                 reward, done = step["reward"], step["done"]
-                if args.exact_discount:
+                if args.exact_discount:  # 1 in the first step of an episode, then γ, γ², ...
                     discount = torch.where(done | ~valid, 1, gamma * discount)  # [C1] [C4]
                 episode_return += reward * valid
                 scores.append(reward[valid] if args.continuing else episode_return[done])
@@ -229,7 +249,7 @@ def train(args):
                 obs, valid = step["next_obs"], ~done
             scores = torch.cat(scores)
             scores = scores.mean(0, keepdim=True) if args.continuing else scores
-            # The metrics are means over the environments in the last step.
+            # The metrics are those of the last step, δ² with 0 for environments that only reset.
             log.write(args.log_every * args.num_envs, scores, average_reward=r_bar, grad_norm=norm,
                       squared_td_error=delta.square().mean(), entropy=pi.entropy().mean())
         envs.close()
@@ -262,7 +282,7 @@ def make_envs(env_id, num_envs, seed):
     if not isinstance(obs_space, Box) or not (float_box or isinstance(action_space, Discrete)):
         raise SystemExit(f"--env-id {env_id}: needs Box observations and Discrete or float Box "
                          f"actions, has {obs_space} and {action_space}; ppo.py takes MultiDiscrete")
-    envs.reset(seed=seed)  # later resets continue these random streams
+    envs.reset(seed=seed)  # seeds the random generators, which later resets continue
     return envs
 
 
@@ -277,10 +297,11 @@ def to_env_action(action, envs):
     Discrete actions count from space.start. Box actions are scaled from [-1, 1] to the bounds, then
     clipped. Dimensions with a bound that is infinite, or beyond 1e6, are not scaled.
     """
-    action, space = action.cpu().numpy(), envs.single_action_space
+    action, space = action.detach().cpu().numpy(), envs.single_action_space
     if isinstance(space, Discrete):
         return action + space.start
     bounded = np.maximum(-space.low, space.high).astype(np.float64) <= 1e6
+    # low = -1 and high = 1 leave the action as it is
     low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
     action = (high + low) / 2 + (high - low) / 2 * action.reshape(-1, *space.shape)
     return action.astype(space.dtype).clip(space.low, space.high)
@@ -302,7 +323,7 @@ def evaluate(args, policy):
             running = running & ~(terminated | truncated)
             if not running.any():
                 break
-        else:
+        else:  # no break: some episodes are not over
             warnings.warn(f"cut episodes after {max_steps:,} steps", stacklevel=2)
         returns += episode_return.tolist()
     envs.close()
@@ -330,7 +351,7 @@ class Logger:
             self.wandb = wandb.init(project=args.wandb_project, name=name, config=asdict(args))
 
     def reached(self, goal):
-        """Whether there is a goal, and the mean return of 100 episodes is at least as high."""
+        """Whether there is a goal, and the score is at least as high after 100 episodes or more."""
         return goal is not None and len(self.returns) == 100 and self.score >= goal
 
     def write(self, steps, returns, **metrics):
@@ -341,7 +362,7 @@ class Logger:
         row = {"step": self.step, "seconds": time.perf_counter() - self.start, "score": self.score}
         row |= {name: value.item() for name, value in metrics.items()}
         if self.csv.tell() == 0:
-            print(*row.keys(), sep=",", file=self.csv)
+            print(*row.keys(), sep=",", file=self.csv)  # header
         print(*row.values(), sep=",", file=self.csv)
         self.bar.set_postfix(score=f"{self.score:.1f}", refresh=False)
         self.bar.update(int(steps))

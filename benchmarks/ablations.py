@@ -148,7 +148,8 @@ def train_seeds(script, folder, flags, imitators):
         args = tyro.cli(module.Args, args=[*shlex.split(flags), "--seed", str(seed), "--run-dir",
                                            str(run)])
         try:
-            scores.append(module.train(args))
+            result = module.train(args)  # the score, or the network and the score
+            scores.append(result[1] if isinstance(result, tuple) else result)
         except (Exception, SystemExit) as error:  # broken on purpose
             print(f"seed {seed}: {type(error).__name__}: {error}", file=sys.stderr)
             scores.append(last_score(run))

@@ -1,12 +1,15 @@
-"""Put the measured tables into README.md, from the CSVs here and the scripts themselves.
+"""Put the measured tables into README.md, and what to expect of a run into the docstrings.
 
-    python benchmarks/readme.py            rewrite the tables between their markers
-    python benchmarks/readme.py --check    exit code 1 where README.md says something else
+    python benchmarks/readme.py            rewrite the tables between their markers, and the lines
+                                           after "Results, ten seeds" in the scripts
+    python benchmarks/readme.py --check    exit code 1 where something else stands there
 """
 
 import ast
 import csv
 import io
+import re
+import statistics
 import sys
 import tokenize
 from pathlib import Path
@@ -114,13 +117,39 @@ def render(text):
     return text
 
 
+def expected(name):
+    """Lines for the docstring of a script: what its runs reach, from cartpole.csv and tasks.csv."""
+    rows = cartpole.grouped(cartpole.read_rows(ROOT / "benchmarks" / "cartpole.csv"))[name]
+    runs = {"CartPole-v1 to 475": [(row["solved"], row["steps"], row["train_seconds"])
+                                   for row in rows]}
+    with (ROOT / "benchmarks" / "tasks.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["script"] == name:
+                kind = ", continuing," * ("--continuing" in row["flags"])
+                runs.setdefault(f"{row['task']}{kind} to {row['goal']}", []).append(
+                    (row["solved"] == "1", int(row["steps"]), float(row["seconds"])))
+    for task, results in runs.items():
+        solved, steps, seconds = zip(*results)
+        yield (f"    {task}: {sum(solved):.0f} of {len(results)} seeds, median "
+               f"{statistics.median(steps):,.0f} steps, {statistics.median(seconds):.0f} s")
+
+
+def with_results(name, source):
+    """The source of a script with today's results in its docstring."""
+    lines = "\n".join(expected(name))
+    pattern = r'(\nResults, ten seeds.*:\n)[^"]*"""'
+    return re.sub(pattern, rf'\g<1>{lines}\n"""', source, count=1)
+
+
 def main():
-    path = ROOT / "README.md"
-    old = path.read_text()
-    new = render(old)
-    if "--check" in sys.argv:
-        raise SystemExit(old != new and "README.md is not what the CSVs say")
-    path.write_text(new)
+    texts = {ROOT / "README.md": render((ROOT / "README.md").read_text())}
+    for name in ("reinforce", "reinforce_baseline", "actor_critic"):
+        path = ROOT / f"{name}.py"
+        texts[path] = with_results(name, path.read_text())
+    for path, text in texts.items():
+        if "--check" in sys.argv and path.read_text() != text:
+            raise SystemExit(f"{path.name} is not what the CSVs say")
+        path.write_text(text)
 
 
 if __name__ == "__main__":
