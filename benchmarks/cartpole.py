@@ -14,7 +14,7 @@ cartpole.csv        each script with its defaults, and two peers from Stable-Bas
 cartpole_equal.csv  nothing is stopped, score_at_end is the mean of the last 100 episodes. Three
                     tables: `sb3 settings` runs ppo.py and the peer with the same numbers, `cleanrl
                     settings` runs ppo.py with those of CleanRL, `defaults` with its own.
-cartpole.json       commit, date, machine, versions, command.
+cartpole.json       of each of the two: commit, date, machine, versions, command.
 
 `train_seconds` and `seconds` are the training alone, as the program itself counts it;
 `process_seconds` includes the start of Python, the imports and the end. `steps_per_second` is the
@@ -226,14 +226,15 @@ def provenance():
 
 def record(name, parts, source):
     """Note in a .json here that these parts, now measured, come from source, a provenance()."""
-    path = HERE / name
+    path = HERE / name  # name may be a whole path, too
     old = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(old | dict.fromkeys(parts, source), indent=2) + "\n")
 
 
 def benchmark(out_dir, contestants, seeds, skip_equal):
     out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "cartpole.json").write_text(json.dumps(provenance(), indent=2) + "\n")
+    files = ["cartpole.csv"] if skip_equal else ["cartpole.csv", "cartpole_equal.csv"]
+    record(out_dir / "cartpole.json", files, provenance())
     # The first import compiles the packages and reads them from the disk; no contestant should
     # pay for that on behalf of the others.
     subprocess.run([sys.executable, "-c", "import gymnasium, stable_baselines3, tqdm, tyro"],
@@ -354,7 +355,7 @@ def main():
         if name not in SCRIPTS + PEERS:
             fail(f"--only {name}: no such contestant; there are {', '.join(SCRIPTS + PEERS)}")
     if not args.report:
-        restricted = args.seeds or args.only or args.skip_equal
+        restricted = args.seeds or args.only
         if restricted and args.out_dir.resolve() == HERE:
             fail("--out-dir: a trial needs a folder of its own, the files here are of full runs")
         benchmark(args.out_dir, contestants, args.seeds or range(11, 21), args.skip_equal)
