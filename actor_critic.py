@@ -9,7 +9,7 @@
 Learn after every step instead of after whole episodes. The critic v̂(s; w) estimates the return
 from a state. The TD error δ is positive if a step went better than the critic expected. If δ > 0,
 the update raises v̂(S) and makes the action more likely under the policy π(a|s; θ), the actor; if
-δ < 0, the reverse. Eligibility traces z give earlier states and actions a share of δ, smaller by
+δ < 0, the reverse. Eligibility traces z give earlier states and actions a share of δ, multiplied by
 γλ for each step back. Equation numbers refer to Sutton & Barto, Reinforcement Learning (2nd ed.,
 2018):
 
@@ -18,7 +18,7 @@ the update raises v̂(S) and makes the action more likely under the policy π(a|
     z_θ ← γλ z_θ + I ∇log π(A|S; θ)          (box of 13.5)  trace of the actor, I = γ^t [C1]
     w ← w + α_w δ z_w,   θ ← θ + α_θ δ z_θ   (12.7)         after every step
 
-With --continuing γ = 1, and the policy maximizes the average reward, which R̄ estimates:
+With --continuing the policy maximizes the average reward, which R̄ estimates. Then γ = I = 1, and
 
     δ = R − R̄ + v̂(S'; w) − v̂(S; w)           (10.10)
     R̄ ← R̄ + α_R δ                            (box of 13.6)
@@ -27,14 +27,14 @@ Implementation choices:
 [C1] I = γ^t, with t the step in its episode, is the book's factor for E[Σ_t γ^t R_{t+1}]. Most
      implementations drop it, as --no-exact-discount does; late steps then count in full.
 [C2] N environments step together, each with its own traces. The update is the mean of δ z over
-     those that did not just reset. Both traces decay with the same λ.
-[C3] Adam minimizes, so it gets −δ z as the gradient. Its step is not proportional to δ z; the
-     book's, α δ z, is.
+     the valid steps (see step_envs). Both traces decay with the same λ.
+[C3] The book's step is α δ z. Adam, which minimizes, gets −δ z as the gradient, and its step is not
+     proportional to it.
 [C4] A terminal state has value 0. At a time limit δ bootstraps from v̂(S'). Both end the episode:
-     after the update z is cleared, and I is 1 again.
-[C5] With --continuing a terminal state does not end anything. The reset that follows it is a step
-     like any other, and z is not cleared. Only time limits interrupt the task. The score is the
-     mean reward per step.
+     the next step, which only resets the environment, clears z, and I is 1 again.
+[C5] With --continuing a terminal state does not end anything. The step that resets the environment
+     after it is learned from like any other. Only time limits interrupt the task. The score is
+     the mean reward per step.
 [C6] Box actions: the environment gets the sampled action scaled from [-1, 1] to its bounds and
      clipped. log π is that of the sample.
 
@@ -82,7 +82,7 @@ class Args:
     average_reward_rate: float = 1e-3  # step size of the average reward
     log_every: int = 32  # updates per row of metrics.csv
     max_episode_steps: int = 0  # in evaluation; 0: environment's limit, or 10000 if none
-    stop_at: float | None = None  # stop when the score reaches this
+    stop_at: float | None = None  # stop when the score, a mean of 100, reaches this
     eval_episodes: int = 0  # greedy episodes to play after training
     device: str = "cpu"  # "cuda" works, but networks this small are faster on the CPU
     run_dir: str = ""  # output folder; default: runs/<script>-<env>-<seed>-<time>
@@ -98,20 +98,18 @@ def td_error(reward, value, next_value, terminated, gamma, average_reward):
     return reward - average_reward + gamma * next_value * ~terminated - value   # (12.6) (10.10)
 
 
-def per_env_gradients(model, obs, action, discount, valid):
-    """Compute I ∇log π(A|S; θ) and ∇v̂(S; w) for every environment, side by side in (N, P).
+def per_env_gradients(model, obs, action, discount):
+    """Compute I ∇log π(A|S; θ) and ∇v̂(S; w), (N, P): a row for each environment.
 
-    The gradient of the sum I log π + v̂ holds both, since θ and w share no parameter: the first in
-    θ's columns, the second in w's. The columns are in the order of model.parameters(). discount is
-    I, (N,). Rows where valid, (N,), is False are 0.
+    A row has first the columns of θ, then those of w, in the order of model.parameters(). Both are
+    in the gradient of the sum I log π + v̂, since θ and w share no parameter. discount (N,) is I.
     """
-    def objective(params, obs, action, discount, valid):
+    def objective(params, obs, action, discount):
         logprob, value = functional_call(model, params, (obs, action))
-        return valid * (discount * logprob + value)
+        return discount * logprob + value
 
     params = dict(model.named_parameters())
-    # The same params for every environment, one row of the others for each.
-    gradients = vmap(grad(objective), (None, 0, 0, 0, 0))(params, obs, action, discount, valid)
+    gradients = vmap(grad(objective), in_dims=(None, 0, 0, 0))(params, obs, action, discount)
     return torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1)
 
 
@@ -154,7 +152,7 @@ class Value(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """Both networks in one module, so that one pass differentiates both."""
+    """The policy (actor) and the value (critic)."""
 
     def __init__(self, obs_space, action_space):
         super().__init__()
@@ -174,8 +172,8 @@ def step_envs(envs, obs, action, valid, continuing):
     last observation. With continuing, terminated is always False, and done only at a time limit.
 
     The step after done only resets the environment: it ignores the action and returns the first
-    observation of the next episode. Nothing can be learned from it. The caller passes valid =
-    False for such a step, that is, ~done of the step before.
+    observation of the next episode. Nothing can be learned from it. valid, which the caller
+    passes, is False for such a step.
     """
     next_obs, reward, terminated, truncated, _ = envs.step(to_env_action(action, envs))  # [C6]
     terminated = terminated & (not continuing)                                  # [C5]
@@ -194,20 +192,19 @@ def learn(model, z, step, discount, gamma, trace_lambda, average_reward):
     """
     value, next_value = model.value(step["obs"]), model.value(step["next_obs"])
     delta = td_error(step["reward"], value, next_value, step["terminated"], gamma, average_reward)
-    valid = step["valid"]
-    delta = delta * valid
-    gradient = per_env_gradients(model, step["obs"], step["action"], discount, valid)  # (N, P)
-    # valid also clears the traces of an episode that has ended, after its last δ was used.
-    z = gamma * trace_lambda * valid.unsqueeze(1) * z + gradient                # (12.5) [C4]
+    gradient = per_env_gradients(model, step["obs"], step["action"], discount)  # (N, P)
+    valid = step["valid"]  # a step that only resets has no δ, adds nothing to z and clears it
+    delta = valid * delta
+    z = valid.unsqueeze(1) * (gamma * trace_lambda * z + gradient)              # (12.5) [C4]
     update = delta @ z / valid.sum().clamp(min=1)                               # (12.7) [C2]
     norm = nn.utils.get_total_norm([update], error_if_nonfinite=True)
     params = list(model.parameters())  # in the same order as the columns of z
     for param, part in zip(params, update.split([param.numel() for param in params])):
-        param.grad = -part.view_as(param)                                       # [C3]
+        param.grad = -part.view_as(param)  # replaces the last one                # [C3]
     return delta, z, norm
 
 
-@torch.no_grad()  # torch.func.grad computes gradients all the same
+@torch.no_grad()  # torch.func.grad works inside it, and nothing else needs gradients
 def train(args):
     """Train a policy. Return it and the score.
 
@@ -236,9 +233,9 @@ def train(args):
                 pi = model.policy(obs)
                 step = step_envs(envs, obs, pi.sample(), valid, args.continuing)
                 delta, z, norm = learn(model, z, step, discount, gamma, args.trace_lambda, r_bar)
-                if valid.any():  # otherwise the update is 0, but Adam's momentum is not
+                if valid.any():  # with gradient 0, Adam would still move by its momentum
                     optimizer.step()
-                # R̄ stays 0 without --continuing, as r_bar_rate is 0.
+                # The box of 13.6. Without --continuing r_bar_rate is 0, and R̄ stays 0.
                 r_bar += r_bar_rate * delta.sum() / valid.sum().clamp(min=1)
                 reward, done = step["reward"], step["done"]
                 if args.exact_discount:  # 1 in the first step of an episode, then γ, γ², ...
@@ -246,10 +243,10 @@ def train(args):
                 episode_return += reward * valid
                 scores.append(reward[valid] if args.continuing else episode_return[done])
                 episode_return[done] = 0
-                obs, valid = step["next_obs"], ~done
+                obs, valid = step["next_obs"], ~done  # the step after done only resets
             scores = torch.cat(scores)
             scores = scores.mean(0, keepdim=True) if args.continuing else scores
-            # The metrics are those of the last step, δ² with 0 for environments that only reset.
+            # The metrics are those of the last step, where δ is 0 for a reset.
             log.write(args.log_every * args.num_envs, scores, average_reward=r_bar, grad_norm=norm,
                       squared_td_error=delta.square().mean(), entropy=pi.entropy().mean())
         envs.close()
@@ -282,7 +279,7 @@ def make_envs(env_id, num_envs, seed):
     if not isinstance(obs_space, Box) or not (float_box or isinstance(action_space, Discrete)):
         raise SystemExit(f"--env-id {env_id}: needs Box observations and Discrete or float Box "
                          f"actions, has {obs_space} and {action_space}; ppo.py takes MultiDiscrete")
-    envs.reset(seed=seed)  # seeds the random generators, which later resets continue
+    envs.reset(seed=seed)  # later resets continue these random generators
     return envs
 
 
@@ -309,8 +306,8 @@ def to_env_action(action, envs):
 
 def evaluate(args, policy):
     """Play --eval-episodes episodes with the most likely actions and print their mean return."""
-    # The seed is far from those of training, so that the episodes are new.
-    envs = make_envs(args.env_id, min(args.num_envs, args.eval_episodes), 2**31 - 1 - args.seed)
+    # A seed far from those of training, so that the episodes are new.
+    envs = make_envs(args.env_id, min(args.num_envs, args.eval_episodes), args.seed + 2**30)
     max_steps = args.max_episode_steps or envs.spec.max_episode_steps or 10_000
     returns = []
     while len(returns) < args.eval_episodes:
@@ -351,7 +348,7 @@ class Logger:
             self.wandb = wandb.init(project=args.wandb_project, name=name, config=asdict(args))
 
     def reached(self, goal):
-        """Whether there is a goal, and the score is at least as high after 100 episodes or more."""
+        """Whether goal is not None, 100 episodes have ended, and the score is at least goal."""
         return goal is not None and len(self.returns) == 100 and self.score >= goal
 
     def write(self, steps, returns, **metrics):

@@ -80,7 +80,7 @@ def discounted_returns(reward, gamma):
 
 
 def policy_gradient_loss(logprob, weight, mask):
-    """Sum over the steps and mean over the episodes; log π, its weight and the mask are (T, N)."""
+    """Sum over steps, mean over episodes. log π, the weight of each step and mask are (T, N)."""
     return -(weight * logprob * mask).sum(0).mean()                           # −(13.8)
 
 
@@ -150,11 +150,11 @@ def train(args):
             if args.exact_discount:
                 t = torch.arange(len(weight), device=weight.device).unsqueeze(1)  # (T, 1)
                 weight = args.gamma**t * weight                               # [C1]
-            pi = policy(batch["obs"])  # play_episodes computes no gradients
+            pi = policy(batch["obs"])  # again, as play_episodes has no gradients
             loss = policy_gradient_loss(pi.log_prob(batch["action"]), weight, batch["mask"])
             optimizer.zero_grad()
             loss.backward()
-            # Only for the log, nothing is clipped. Raises an error if the norm is not finite.
+            # Nothing is clipped. If the norm is not finite, this raises an error before the step.
             norm = nn.utils.get_total_norm(
                 [param.grad for param in policy.parameters()], error_if_nonfinite=True)
             optimizer.step()                                                  # [C2]
@@ -190,7 +190,7 @@ def make_envs(env_id, num_envs, seed):
     if not isinstance(obs_space, Box) or not (float_box or isinstance(action_space, Discrete)):
         raise SystemExit(f"--env-id {env_id}: needs Box observations and Discrete or float Box "
                          f"actions, has {obs_space} and {action_space}; ppo.py takes MultiDiscrete")
-    envs.reset(seed=seed)  # seeds the random generators, which later resets continue
+    envs.reset(seed=seed)  # later resets continue these random generators
     return envs
 
 
@@ -212,8 +212,8 @@ def to_env_action(action, envs):
 
 def evaluate(args, policy, max_steps):
     """Play --eval-episodes episodes with the most likely actions and print their mean return."""
-    # The seed is far from those of training, so that the episodes are new.
-    envs = make_envs(args.env_id, min(args.num_envs, args.eval_episodes), 2**31 - 1 - args.seed)
+    # A seed far from those of training, so that the episodes are new.
+    envs = make_envs(args.env_id, min(args.num_envs, args.eval_episodes), args.seed + 2**30)
     returns = []
     while len(returns) < args.eval_episodes:
         batch = play_episodes(envs, policy, max_steps, args.device, greedy=True)
@@ -243,7 +243,7 @@ class Logger:
             self.wandb = wandb.init(project=args.wandb_project, name=name, config=asdict(args))
 
     def reached(self, goal):
-        """Whether there is a goal, and the score is at least as high after 100 episodes or more."""
+        """Whether goal is not None, 100 episodes have ended, and the score is at least goal."""
         return goal is not None and len(self.returns) == 100 and self.score >= goal
 
     def write(self, steps, returns, **metrics):

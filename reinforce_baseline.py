@@ -8,9 +8,9 @@
 
 Play whole episodes with the policy π(a|s; θ). From each return subtract the baseline v̂(s; w), a
 learned estimate of the return from that state. Actions that did better than expected become more
-likely, the others less. The expected gradient stays ∇J, where J(θ) = E[Σ_t γ^t R_{t+1}]: v̂ does
-not depend on the action, so E[v̂(S; w) ∇log π(A|S; θ)] = 0. Its variance usually falls. Equation
-numbers refer to Sutton & Barto, Reinforcement Learning (2nd ed., 2018):
+likely, the others less. This usually lowers the variance of the gradient and leaves its mean ∇J,
+with J(θ) = E[Σ_t γ^t R_{t+1}]: v̂ does not depend on the action, so E[v̂(S; w) ∇log π(A|S; θ)] = 0.
+Equation numbers refer to Sutton & Barto, Reinforcement Learning (2nd ed., 2018):
 
     G_t = R_{t+1} + γ G_{t+1}                                (3.9)    return from step t on
     w ← w + α_w (G_t − v̂(S_t; w)) ∇v̂(S_t; w)                 (9.7)    mean over all steps
@@ -83,7 +83,7 @@ def discounted_returns(reward, gamma):
 
 
 def policy_gradient_loss(logprob, weight, mask):
-    """Sum over the steps and mean over the episodes; log π, its weight and the mask are (T, N)."""
+    """Sum over steps, mean over episodes. log π, the weight of each step and mask are (T, N)."""
     return -(weight * logprob * mask).sum(0).mean()                           # −(13.11)
 
 
@@ -170,16 +170,16 @@ def train(args):
             batch = play_episodes(envs, policy, max_steps, args.device)
             returns = discounted_returns(batch["reward"], args.gamma)         # G_t, (T, N)
             baseline = value(batch["obs"])                                    # (T, N)
-            weight = returns - baseline.detach()  # no gradient from the policy to the baseline
+            weight = returns - baseline.detach()  # the policy's loss must not train the baseline
             if args.exact_discount:
                 t = torch.arange(len(weight), device=weight.device).unsqueeze(1)  # (T, 1)
                 weight = args.gamma**t * weight                               # [C1]
-            pi = policy(batch["obs"])  # play_episodes computes no gradients
+            pi = policy(batch["obs"])  # again, as play_episodes has no gradients
             loss = policy_gradient_loss(pi.log_prob(batch["action"]), weight, batch["mask"])
             loss_v = value_loss(baseline, returns, batch["mask"])
             optimizer.zero_grad()
-            (loss + loss_v).backward()  # the networks share no parameter: each gets its own loss
-            # Only for the log, nothing is clipped. Raises an error if the norm is not finite.
+            (loss + loss_v).backward()  # no shared parameter: each loss trains its own network
+            # Nothing is clipped. If the norm is not finite, this raises an error before the step.
             norm = nn.utils.get_total_norm(
                 [param.grad for param in policy.parameters()], error_if_nonfinite=True)
             optimizer.step()                                                  # [C2]
@@ -215,7 +215,7 @@ def make_envs(env_id, num_envs, seed):
     if not isinstance(obs_space, Box) or not (float_box or isinstance(action_space, Discrete)):
         raise SystemExit(f"--env-id {env_id}: needs Box observations and Discrete or float Box "
                          f"actions, has {obs_space} and {action_space}; ppo.py takes MultiDiscrete")
-    envs.reset(seed=seed)  # seeds the random generators, which later resets continue
+    envs.reset(seed=seed)  # later resets continue these random generators
     return envs
 
 
@@ -237,8 +237,8 @@ def to_env_action(action, envs):
 
 def evaluate(args, policy, max_steps):
     """Play --eval-episodes episodes with the most likely actions and print their mean return."""
-    # The seed is far from those of training, so that the episodes are new.
-    envs = make_envs(args.env_id, min(args.num_envs, args.eval_episodes), 2**31 - 1 - args.seed)
+    # A seed far from those of training, so that the episodes are new.
+    envs = make_envs(args.env_id, min(args.num_envs, args.eval_episodes), args.seed + 2**30)
     returns = []
     while len(returns) < args.eval_episodes:
         batch = play_episodes(envs, policy, max_steps, args.device, greedy=True)
@@ -268,7 +268,7 @@ class Logger:
             self.wandb = wandb.init(project=args.wandb_project, name=name, config=asdict(args))
 
     def reached(self, goal):
-        """Whether there is a goal, and the score is at least as high after 100 episodes or more."""
+        """Whether goal is not None, 100 episodes have ended, and the score is at least goal."""
         return goal is not None and len(self.returns) == 100 and self.score >= goal
 
     def write(self, steps, returns, **metrics):
