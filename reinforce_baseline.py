@@ -58,8 +58,8 @@ class Args:
     env_id: str = "CartPole-v1"  # gymnasium environment; "module:Env-v0" imports the module first
     seed: int = 1
     total_timesteps: int = 500_000  # environment steps to learn from, not counting padding
-    learning_rate: float = 1e-2  # Adam step size of the policy
-    value_learning_rate: float = 3e-2  # Adam step size of the baseline
+    learning_rate: float = 7e-3  # Adam step size of the policy
+    value_learning_rate: float = 1e-1  # Adam step size of the baseline
     num_envs: int = 32  # episodes per update, played in parallel
     gamma: float = 1.0  # discount factor
     exact_discount: bool = True  # weight step t by gamma^t [C1]
