@@ -81,7 +81,7 @@ def discounted_returns(reward, gamma):
 
 def policy_gradient_loss(logprob, weight, mask):
     """Sum over steps, mean over episodes. log π, the weight of each step and mask are (T, N)."""
-    return -(weight * logprob * mask).sum(0).mean()                           # −(13.8)
+    return -(weight * logprob * mask).sum(0).mean()                           # (13.8), negated
 
 
 def mlp(input_size, output_size):

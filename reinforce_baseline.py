@@ -84,12 +84,12 @@ def discounted_returns(reward, gamma):
 
 def policy_gradient_loss(logprob, weight, mask):
     """Sum over steps, mean over episodes. log π, the weight of each step and mask are (T, N)."""
-    return -(weight * logprob * mask).sum(0).mean()                           # −(13.11)
+    return -(weight * logprob * mask).sum(0).mean()                           # (13.11), negated
 
 
 def value_loss(baseline, returns, mask):
     """Half the mean squared error over all steps but the padding; v̂, G_t and mask are (T, N)."""
-    return 0.5 * (returns - baseline)[mask].square().mean()                   # −(9.7)
+    return 0.5 * (returns - baseline)[mask].square().mean()                   # (9.7), negated
 
 
 def mlp(input_size, output_size):

@@ -1,7 +1,7 @@
 """What the scripts learn besides CartPole, with the flags that do it: ten seeds of each.
 
     python benchmarks/tasks.py             run all and write tasks.csv (about 15 minutes)
-    python benchmarks/tasks.py --only actor_critic    run one script's tasks, keep other rows
+    python benchmarks/tasks.py --only actor_critic --task Acrobot-v1    run these, keep other rows
     python benchmarks/tasks.py --report    print the table from tasks.csv, run nothing
 
 A row of tasks.csv is a run: task, script, flags, seed, goal, solved, steps, seconds, score. It ends
@@ -35,7 +35,8 @@ TASKS = [  # (what, script, flags, goal)
     ("Acrobot-v1", "ppo", "", -100),
     ("Pendulum-v1", "ppo", "--num-envs 16 --num-steps 128 --gamma 0.98 --log-std -0.5 "
      "--total-timesteps 300000", -200),
-    ("CartPole-v1", "actor_critic", "--continuing --trace-lambda 0.8", 0.99),
+    ("CartPole-v1", "actor_critic", "--continuing --trace-lambda 0.8 --learning-rate 1e-3 "
+     "--value-learning-rate 3e-3", 0.99),
 ]
 
 
@@ -74,19 +75,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--report", action="store_true", help="only print the table")
     parser.add_argument("--only", choices=sorted({task[1] for task in TASKS}), help="a script")
+    parser.add_argument("--task", help="only this environment's tasks of the script")
     args = parser.parse_args()
     if not args.report:
         source = cartpole.provenance()
-        jobs = [(task, seed) for task in TASKS for seed in range(11, 21)
-                if args.only in (None, task[1])]
+        chosen = [task for task in TASKS
+                  if args.only in (None, task[1]) and args.task in (None, task[0])]
+        jobs = [(task, seed) for task in chosen for seed in range(11, 21)]
         with ThreadPoolExecutor(2) as pool:
             rows = list(pool.map(run, jobs))
-        if args.only:
-            with (HERE / "tasks.csv").open() as file:
-                rows += [row for row in csv.reader(file) if row[1] not in (args.only, "script")]
+        measured = [(task[0], task[1]) for task in chosen]
+        with (HERE / "tasks.csv").open() as file:
+            rows += [row for row in csv.reader(file)
+                     if row[0] != "task" and (row[0], row[1]) not in measured]
         with (HERE / "tasks.csv").open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
-        scripts = [args.only] if args.only else list(dict.fromkeys(task[1] for task in TASKS))
+        scripts = list(dict.fromkeys(f"{task[1]} {task[0]}" for task in chosen))
         cartpole.record("tasks.json", scripts, source)
     print(table())
 

@@ -64,7 +64,7 @@ def test_the_baseline_is_all_that_is_new():
     new = [line for line in changes if line.startswith("+ ")]
     assert len(gone) <= 6 and len(new) <= 30, "".join(gone + new)
     for line in gone + new:
-        told = ("value", "baseline", "returns", "learning_rate", "loss", "mlp", "# −(13",
+        told = ("value", "baseline", "returns", "learning_rate", "loss", "mlp", "# (13",
                 "entropy", "v̂")
         assert any(word in line.lower() for word in told) or not line[2:].strip() or (
             line[2:].strip() in ("def __init__(self, obs_space):", "super().__init__()",
