@@ -2,7 +2,7 @@
 
     python benchmarks/ablations.py                   run all and write the files
     python benchmarks/ablations.py --only sums       run one part (control, sums, lines)
-    python benchmarks/ablations.py --only lines --scripts ppo dpo      the lines of these scripts
+    python benchmarks/ablations.py --only lines --scripts ppo dpo      of these scripts
     python benchmarks/ablations.py --only lines --new                  those that have no row yet
     python benchmarks/ablations.py --report          print the tables from the files, run nothing
 
@@ -233,7 +233,8 @@ def main():
         parts, source = args.only or PARTS, cartpole.provenance()
         with ThreadPoolExecutor(2) as pool:
             jobs = [(choice, seed) for choice in CHOICES for seed in SEEDS
-                    if ("sums" if choice[0] == "grpo" else "control") in parts]
+                    if ("sums" if choice[0] == "grpo" else "control") in parts
+                    and choice[0] in args.scripts]
             if jobs:
                 pages = {choice[0] for choice, _ in jobs}
                 kept = [row for row in read("ablations.csv") if row["page"] not in pages]
@@ -244,7 +245,8 @@ def main():
                          if args.new or row["script"] not in args.scripts]
                 rows = line_rows(pool, args.scripts, known)
                 cartpole.write_rows(HERE / "lines.csv", LINE_COLUMNS, rows)
-        measured = [part for part in parts if part != "lines"]
+        measured = sorted({("sums " if choice[0] == "grpo" else "control ") + choice[0]
+                           for choice, _ in jobs})
         measured += [f"lines {script}" + ", new" * args.new
                      for script in args.scripts if "lines" in parts]
         cartpole.record("ablations.json", measured, source)
