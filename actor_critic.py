@@ -49,7 +49,6 @@ Results, ten seeds (flags and raw rows in benchmarks/, seconds of training on tw
 """
 
 import json
-import math
 import random
 import time
 import warnings
@@ -60,7 +59,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, flatdim
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 from torch.func import functional_call, grad, vmap
@@ -83,7 +82,7 @@ class Args:
     log_every: int = 32  # updates per row of metrics.csv
     max_episode_steps: int = 0  # in evaluation; 0: environment's limit, or 10000 if none
     stop_at: float | None = None  # stop when the score, a mean of 100, reaches this
-    eval_episodes: int = 0  # greedy episodes to play after training
+    eval_episodes: int = 0  # greedy episodes after training, rounded up to whole batches
     device: str = "cpu"  # "cuda" works, but networks this small are faster on the CPU
     run_dir: str = ""  # output folder; default: runs/<script>-<env>-<seed>-<time>
     track: bool = False  # log to Weights & Biases
@@ -114,9 +113,13 @@ def per_env_gradients(model, obs, action, discount):
 
 
 def mlp(input_size, output_size):
-    """Two hidden layers of 64 tanh units."""
-    return nn.Sequential(nn.Linear(input_size, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(),
-                         nn.Linear(64, output_size))
+    """Two hidden layers of 64 tanh units. Weights start orthogonal, outputs near 0."""
+    net = nn.Sequential(nn.Linear(input_size, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(),
+                        nn.Linear(64, output_size))
+    for layer, gain in (net[0], 2**0.5), (net[2], 2**0.5), (net[4], 0.01):
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    return net
 
 
 class Policy(nn.Module):
@@ -125,8 +128,8 @@ class Policy(nn.Module):
     def __init__(self, obs_space, action_space):
         super().__init__()
         discrete = isinstance(action_space, Discrete)
-        size = int(action_space.n) if discrete else math.prod(action_space.shape)
-        self.net = mlp(math.prod(obs_space.shape), size)
+        size = flatdim(action_space)  # number of actions or, for Box, of an action's dimensions
+        self.net = mlp(flatdim(obs_space), size)
         # The mean starts near 0 and the standard deviation at 0.6; the actions' range is [-1, 1].
         self.log_std = None if discrete else nn.Parameter(torch.full((size,), -0.5))
 
@@ -144,7 +147,7 @@ class Value(nn.Module):
 
     def __init__(self, obs_space):
         super().__init__()
-        self.net = mlp(math.prod(obs_space.shape), 1)
+        self.net = mlp(flatdim(obs_space), 1)
 
     def forward(self, obs):
         """Return the values (...) of observations (..., O)."""
@@ -193,10 +196,10 @@ def learn(model, z, step, discount, gamma, trace_lambda, average_reward):
     value, next_value = model.value(step["obs"]), model.value(step["next_obs"])
     delta = td_error(step["reward"], value, next_value, step["terminated"], gamma, average_reward)
     gradient = per_env_gradients(model, step["obs"], step["action"], discount)  # (N, P)
-    valid = step["valid"]  # a step that only resets has no δ, adds nothing to z and clears it
-    delta = valid * delta
-    z = valid.unsqueeze(1) * (gamma * trace_lambda * z + gradient)              # (12.5) [C4]
-    update = delta @ z / valid.sum().clamp(min=1)                               # (12.7) [C2]
+    # A step that only resets is not valid: it has no δ, adds nothing to z and clears it.
+    delta = step["valid"] * delta
+    z = step["valid"].unsqueeze(1) * (gamma * trace_lambda * z + gradient)      # (12.5) [C4]
+    update = delta @ z / step["valid"].sum().clamp(min=1)                       # (12.7) [C2]
     norm = nn.utils.get_total_norm([update], error_if_nonfinite=True)
     params = list(model.parameters())  # in the same order as the columns of z
     for param, part in zip(params, update.split([param.numel() for param in params])):
@@ -305,7 +308,7 @@ def to_env_action(action, envs):
 
 
 def evaluate(args, policy):
-    """Play --eval-episodes episodes with the most likely actions and print their mean return."""
+    """Play --eval-episodes episodes or more with the most likely actions; print the mean return."""
     # A seed far from those of training, so that the episodes are new.
     envs = make_envs(args.env_id, min(args.num_envs, args.eval_episodes), args.seed + 2**30)
     max_steps = args.max_episode_steps or envs.spec.max_episode_steps or 10_000
@@ -324,8 +327,7 @@ def evaluate(args, policy):
             warnings.warn(f"cut episodes after {max_steps:,} steps", stacklevel=2)
         returns += episode_return.tolist()
     envs.close()
-    mean = np.mean(returns[:args.eval_episodes])
-    tqdm.write(f"greedy evaluation: mean return {mean:.1f} over {args.eval_episodes} episodes")
+    tqdm.write(f"greedy evaluation: mean return {np.mean(returns):.1f} in {len(returns)} episodes")
 
 
 class Logger:
@@ -333,7 +335,7 @@ class Logger:
 
     def __init__(self, args, policy):
         self.policy, self.start, self.step = policy, time.perf_counter(), 0
-        self.returns, self.score, self.wandb = [], math.nan, None
+        self.returns, self.score, self.wandb = [], np.nan, None
         name = f"{Path(__file__).stem}-{args.env_id}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
         if (self.dir / "metrics.csv").exists():
@@ -372,8 +374,7 @@ class Logger:
     def __exit__(self, kind, error, traceback):
         self.bar.close()
         torch.save(self.policy.state_dict(), self.dir / "policy.pt")  # also on an error
-        print(f"score {self.score:.1f} after {self.step:,} steps in "
-              f"{time.perf_counter() - self.start:.1f} s; files in {self.dir}")
+        print(f"score {self.score:.1f} after {self.step:,} steps; files in {self.dir}")
         if kind is KeyboardInterrupt:
             raise SystemExit(130)
 

@@ -36,7 +36,6 @@ Results, ten seeds (flags and raw rows in benchmarks/, seconds of training on tw
 """
 
 import json
-import math
 import random
 import time
 import warnings
@@ -47,7 +46,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, flatdim
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 from tqdm import tqdm
@@ -65,7 +64,7 @@ class Args:
     exact_discount: bool = True  # weight step t by gamma^t [C1]
     max_episode_steps: int = 0  # cut episodes here; 0: environment's limit, or 10000 if none
     stop_at: float | None = None  # stop when the mean return of 100 episodes reaches this
-    eval_episodes: int = 0  # greedy episodes to play after training
+    eval_episodes: int = 0  # greedy episodes after training, rounded up to whole batches
     device: str = "cpu"  # "cuda" works, but networks this small are faster on the CPU
     run_dir: str = ""  # output folder; default: runs/<script>-<env>-<seed>-<time>
     track: bool = False  # log to Weights & Biases
@@ -93,9 +92,13 @@ def value_loss(baseline, returns, mask):
 
 
 def mlp(input_size, output_size):
-    """Two hidden layers of 64 tanh units."""
-    return nn.Sequential(nn.Linear(input_size, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(),
-                         nn.Linear(64, output_size))
+    """Two hidden layers of 64 tanh units. Weights start orthogonal, outputs near 0."""
+    net = nn.Sequential(nn.Linear(input_size, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(),
+                        nn.Linear(64, output_size))
+    for layer, gain in (net[0], 2**0.5), (net[2], 2**0.5), (net[4], 0.01):
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    return net
 
 
 class Policy(nn.Module):
@@ -104,8 +107,8 @@ class Policy(nn.Module):
     def __init__(self, obs_space, action_space):
         super().__init__()
         discrete = isinstance(action_space, Discrete)
-        size = int(action_space.n) if discrete else math.prod(action_space.shape)
-        self.net = mlp(math.prod(obs_space.shape), size)
+        size = flatdim(action_space)  # number of actions or, for Box, of an action's dimensions
+        self.net = mlp(flatdim(obs_space), size)
         # The mean starts near 0 and the standard deviation at 0.6; the actions' range is [-1, 1].
         self.log_std = None if discrete else nn.Parameter(torch.full((size,), -0.5))
 
@@ -123,7 +126,7 @@ class Value(nn.Module):
 
     def __init__(self, obs_space):
         super().__init__()
-        self.net = mlp(math.prod(obs_space.shape), 1)
+        self.net = mlp(flatdim(obs_space), 1)
 
     def forward(self, obs):
         """Return the values (...) of observations (..., O)."""
@@ -179,9 +182,8 @@ def train(args):
             loss_v = value_loss(baseline, returns, batch["mask"])
             optimizer.zero_grad()
             (loss + loss_v).backward()  # no shared parameter: each loss trains its own network
-            # Nothing is clipped. If the norm is not finite, this raises an error before the step.
-            norm = nn.utils.get_total_norm(
-                [param.grad for param in policy.parameters()], error_if_nonfinite=True)
+            # max_norm inf clips nothing; a norm that is not finite raises an error before the step
+            norm = nn.utils.clip_grad_norm_(policy.parameters(), np.inf, error_if_nonfinite=True)
             optimizer.step()                                                  # [C2]
             log.write(steps=batch["mask"].sum(), returns=batch["reward"].sum(0), loss=loss,
                       grad_norm=norm, entropy=pi.entropy()[batch["mask"]].mean(), value_loss=loss_v)
@@ -236,7 +238,7 @@ def to_env_action(action, envs):
 
 
 def evaluate(args, policy, max_steps):
-    """Play --eval-episodes episodes with the most likely actions and print their mean return."""
+    """Play --eval-episodes episodes or more with the most likely actions; print the mean return."""
     # A seed far from those of training, so that the episodes are new.
     envs = make_envs(args.env_id, min(args.num_envs, args.eval_episodes), args.seed + 2**30)
     returns = []
@@ -244,8 +246,7 @@ def evaluate(args, policy, max_steps):
         batch = play_episodes(envs, policy, max_steps, args.device, greedy=True)
         returns += batch["reward"].sum(0).tolist()
     envs.close()
-    mean = np.mean(returns[:args.eval_episodes])
-    tqdm.write(f"greedy evaluation: mean return {mean:.1f} over {args.eval_episodes} episodes")
+    tqdm.write(f"greedy evaluation: mean return {np.mean(returns):.1f} in {len(returns)} episodes")
 
 
 class Logger:
@@ -253,7 +254,7 @@ class Logger:
 
     def __init__(self, args, policy):
         self.policy, self.start, self.step = policy, time.perf_counter(), 0
-        self.returns, self.score, self.wandb = [], math.nan, None
+        self.returns, self.score, self.wandb = [], np.nan, None
         name = f"{Path(__file__).stem}-{args.env_id}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
         if (self.dir / "metrics.csv").exists():
@@ -292,8 +293,7 @@ class Logger:
     def __exit__(self, kind, error, traceback):
         self.bar.close()
         torch.save(self.policy.state_dict(), self.dir / "policy.pt")  # also on an error
-        print(f"score {self.score:.1f} after {self.step:,} steps in "
-              f"{time.perf_counter() - self.start:.1f} s; files in {self.dir}")
+        print(f"score {self.score:.1f} after {self.step:,} steps; files in {self.dir}")
         if kind is KeyboardInterrupt:
             raise SystemExit(130)
 

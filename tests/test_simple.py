@@ -48,7 +48,7 @@ def test_a_copy_alone_in_an_empty_folder(name, tmp_path):
                    cwd=tmp_path, PYTHONPATH="")
     assert done.returncode == 0, done.stderr
     assert done.stderr == "" and "\r" not in done.stdout
-    assert "greedy evaluation: mean return" in done.stdout and "over 3 episodes" in done.stdout
+    assert "greedy evaluation: mean return" in done.stdout and "in 3 episodes" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("score ") and "files in out" in done.stdout
     assert sorted(os.listdir(tmp_path / "out")) == ["args.json", "metrics.csv", "policy.pt"]
     table = rows(tmp_path / "out")
@@ -205,16 +205,16 @@ def evaluate(script, args):
 def test_an_evaluation_counts_first_episodes_only(simple, capsys, monkeypatch):
     monkeypatch.setattr(simple, "make_envs", lambda env_id, num_envs, seed: Counter(num_envs))
     evaluate(simple, simple.Args(eval_episodes=4))
-    assert "mean return 2.5 over 4 episodes" in capsys.readouterr().out
+    assert "mean return 2.5 in 4 episodes" in capsys.readouterr().out
 
 
 def test_an_evaluation_plays_in_batches_of_num_envs(simple, capsys, monkeypatch):
-    """Three at a time have the returns 1, 2, 3, 1, 2, 3, 1; the surplus is dropped."""
+    """Seven episodes, three at a time, are three batches with the returns 1, 2, 3 each."""
     made = []
     monkeypatch.setattr(simple, "make_envs",
                         lambda env_id, num_envs, seed: made.append(num_envs) or Counter(num_envs))
     evaluate(simple, simple.Args(num_envs=3, eval_episodes=7))
-    assert made == [3] and "mean return 1.9 over 7 episodes" in capsys.readouterr().out
+    assert made == [3] and "mean return 2.0 in 9 episodes" in capsys.readouterr().out
 
 
 def test_evaluation_takes_the_most_likely_action(simple, capsys, monkeypatch):
@@ -236,7 +236,7 @@ def test_evaluation_takes_the_most_likely_action(simple, capsys, monkeypatch):
     monkeypatch.setattr(simple.Policy, "forward", biased)
     torch.manual_seed(0)
     evaluate(simple, simple.Args(num_envs=16, eval_episodes=16))
-    assert "mean return 8.5 over 16" in capsys.readouterr().out
+    assert "mean return 8.5 in 16" in capsys.readouterr().out
 
 
 def test_training_environments_are_closed_before_evaluation(simple, tmp_path, monkeypatch):
@@ -304,7 +304,7 @@ def test_evaluation_cuts_episodes_that_never_end(simple, capsys, monkeypatch):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             simple.evaluate(args, policy, *rest)
-        assert f"mean return {limit}.0 over 2" in capsys.readouterr().out
+        assert f"mean return {limit}.0 in 2" in capsys.readouterr().out
         assert bool(caught) == (limit != 30), "only a cut is worth a warning"
 
 
