@@ -163,3 +163,14 @@ def test_observations_of_a_reused_array_are_copied(simple):
     last = [simple.step_envs(envs, obs, torch.zeros(2), valid, False) for _ in range(2)][-1]
     simple.step_envs(envs, obs, torch.zeros(2), valid, False)
     assert last["done"].all() and last["terminated"].all()
+
+
+def test_networks_start_orthogonal_with_outputs_near_zero(simple):
+    net = simple.mlp(5, 3)
+    for layer, gain in zip(net[::2], (2**0.5, 2**0.5, 0.01), strict=True):
+        weight = layer.weight.detach()
+        weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
+        torch.testing.assert_close(weight @ weight.T, gain**2 * torch.eye(len(weight)),
+                                   rtol=0, atol=1e-5)
+        assert not layer.bias.any()
+    assert net(torch.randn(100, 5)).abs().max() < 0.1
