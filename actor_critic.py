@@ -43,9 +43,9 @@ Shapes: N environments, O observation size, A action size, P parameters of both 
     python actor_critic.py --env-id CartPole-v1
 
 Results, ten seeds (flags and raw rows in benchmarks/, seconds of training on two cores):
-    CartPole-v1 to 475: 10 of 10 seeds, median 108,544 steps, 11 s
-    CartPole-v1, continuing, to 0.99: 8 of 10 seeds, median 294,912 steps, 44 s
-    Acrobot-v1 to -100: 7 of 10 seeds, median 344,064 steps, 63 s
+    CartPole-v1 to 475: 10 of 10 seeds, median 108,544 steps, 8 s
+    Acrobot-v1 to -100: 7 of 10 seeds, median 123,392 steps, 16 s
+    CartPole-v1, continuing, to 0.99: 10 of 10 seeds, median 271,360 steps, 22 s
 """
 
 import json
