@@ -4,49 +4,56 @@
 #     "torch==2.13.0", "gymnasium==1.4.0", "tyro==1.0.17", "wandb==0.31.0", "tqdm==4.70.1",
 # ]
 # ///
-"""PPO: several gradient steps on one batch, but nothing to gain from moving the policy too far.
+"""PPO: proximal policy optimization with the clipped objective (Schulman et al., 2017).
 
-N environments play T steps with the policy π_old. A learned value V tells of each action how much
-better it did than expected: its advantage Â. Then π goes through the batch several times; once it
-has made an action more (or less) probable than π_old did by a ratio r beyond 1 ± ε, it gains no
-more. Numbers of Schulman et al., Proximal Policy Optimization Algorithms (2017), arXiv 1707.06347:
+Play T steps in each of N environments. Estimate with a learned value function V how much better
+each action did than expected: its advantage Â. Then take several epochs of minibatch gradient steps
+on this batch. The clipped objective gives no incentive to move the probability ratio r_t outside
+1 ± ε, so that the policy stays near the one that played. Equation numbers refer to
+arXiv 1707.06347:
 
-    r_t(θ) = π(a_t|s_t) / π_old(a_t|s_t)                                 (6)
-    L_clip(θ) = mean of min(r Â, clip(r, 1−ε, 1+ε) Â)                    (7)
-    L(θ) = L_clip − c_1 (V(s) − V_target)² + c_2 entropy of π            (9)
+    r_t(θ) = π(a_t|s_t; θ) / π_old(a_t|s_t)                              (6)
+    L_CLIP(θ) = E[min(r_t Â_t, clip(r_t, 1−ε, 1+ε) Â_t)]                 (7)
+    L(θ) = E[L_CLIP − c_1 (V(s_t) − V_target)² + c_2 S[π](s_t)]          (9)   S is the entropy
     Â_t = δ_t + γλ δ_{t+1} + (γλ)² δ_{t+2} + ...                         (11)
     δ_t = reward_t + γ V(s_{t+1}) − V(s_t)                               (12)
 
-[C1] V of a terminal state is 0, at a time limit that of the true last observation; both end (11).
-[C2] A step that only resets its environment is no transition: its row is dropped from everything.
-[C3] V_target = Â + the V from before the update. --clip-vloss keeps V near that (rarely a help).
-[C4] Advantages get mean 0 and standard deviation 1 over the whole batch.
-[C5] The step size, with --anneal-clip also ε, falls linearly to 0. Adam's epsilon is 1e-5. The
-     gradient of all parameters together is shortened to --max-grad-norm.
-[C6] The KL reported is the mean of r − 1 − log r (http://joschu.net/blog/kl-approx.html). Past 1.5
-     times --target-kl the update ends before its next step.
-[C7] Orthogonal weights, gain √2, last layers 0.01 (π) and 1 (V). Vectors: a network each for π and
-     V; images: one CNN for both. A Gaussian has one log-std for all states, starting at --log-std.
-[C8] --norm-obs: (obs − mean) / std over all batches before this one; --norm-reward: rewards / std
-     of their running discounted sums; both clipped to ±10. --clip-reward: the sign of rewards.
-[C9] Box actions are clipped for the environment alone; what is learned from is the action drawn.
-[C10] Under torchrun each process has N / processes environments; gradients are averaged.
+Implementation choices:
+[C1] A terminal state has value 0. A time limit is not terminal: V of the episode's last observation
+     is added. Either way the sum (11) stops there. In Atari games a lost life also counts as
+     terminal, but the game and its return go on.
+[C2] The step after the end of an episode only resets the environment: it ignores the action and
+     returns the first observation of the next episode. It is excluded from the batch.
+[C3] V_target = Â + V of the network that played. The value loss is not clipped.
+[C4] Advantages are normalized over the whole batch.
+[C5] The learning rate decays linearly to 0. Adam's epsilon is 1e-5. The gradient norm is clipped.
+[C6] With --target-kl the update stops before a step once the approximate KL divergence,
+     E[r − 1 − log r], exceeds 1.5 times this target (joschu.net/blog/kl-approx.html).
+[C7] Vectors: separate networks for π and V. Images: one CNN for both. Orthogonal initialization
+     with gain √2, 0.01 for the output of π, 1 for that of V.
+[C8] --norm-obs: (obs − mean) / std over all steps so far, first over T steps that are not learned
+     from. --norm-reward: rewards / std of their running discounted sum. Both are clipped to ± 10.
+[C9] Box actions: the environment gets the sampled action scaled from [-1, 1] to its bounds and
+     clipped. log π is that of the sample.
+[C10] Under torchrun each process plays in its share of the N environments. Gradients, and all
+     statistics of the batch, are means over all processes.
 
-T steps, N environments, M rows of a minibatch, A numbers in an action, O in an observation.
+Shapes: T steps, N environments, M rows of a minibatch, K components of an action.
+
     python ppo.py --env-id CartPole-v1
 """
 
-import contextlib
-import dataclasses
+import copy
 import importlib
 import json
-import math
 import os
-import re
+import random
+import signal
 import sys
 import time
+import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -55,118 +62,94 @@ import torch.distributed as dist
 import tyro
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from torch import nn
+from torch.distributions import Categorical, Independent, Normal
 from tqdm import tqdm
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Args:
-    env_id: str = "CartPole-v1"  # any registered environment; "module:Env-v0" imports module first
-    seed: int = 1  # of the weights, the actions and the environments
-    total_timesteps: int | None = None  # environment steps in all; None here and below: see PRESETS
-    learning_rate: float | None = None  # Adam's step size at the start
-    anneal_lr: bool = True  # let it fall linearly to 0 [C5]
-    num_envs: int | None = None  # N: environments stepped together, in all processes
-    num_steps: int | None = None  # T: steps of each environment per batch
-    gamma: float | None = None  # discount factor γ
-    gae_lambda: float = 0.95  # λ: 0 trusts V after one step, 1 sums up rewards to the end
-    num_minibatches: int | None = None  # parts into which each epoch cuts the batch
-    update_epochs: int | None = None  # passes through the batch
-    clip_coef: float | None = None  # ε of the clipped objective
-    anneal_clip: bool = False  # let ε fall linearly to 0 [C5]
-    clip_vloss: bool = False  # clip the value's change, too [C3]
-    ent_coef: float | None = None  # c_2, weight of the entropy
-    vf_coef: float = 0.5  # c_1, weight of the value's squared error
-    max_grad_norm: float = 0.5  # longest gradient [C5]
-    target_kl: float | None = None  # end an update early when the policy has moved too far [C6]
-    log_std: float = -1.0  # log standard deviation of Box actions at the start [C7]
-    norm_obs: bool | None = None  # normalise observations [C8]
-    norm_reward: bool | None = None  # scale rewards [C8]
-    clip_reward: bool | None = None  # learn from the sign of rewards [C8]
-    vectorization: Literal["auto", "sync", "async"] = "auto"  # auto: gymnasium's native, else sync
-    compile: bool = False  # torch.compile for policy and loss, with CUDA graphs on a GPU
-    bf16: bool = False  # bfloat16 in the CNN
-    eval_episodes: int = 0  # episodes of the most probable actions to play after training
-    eval_only: str = ""  # folder of a run: evaluate its checkpoint, train nothing
-    video: bool = False  # record an episode of the most probable actions into the run's folder
-    stop_at: float | None = None  # end when the mean return of 100 episodes reaches this
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one
-    run_dir: str = ""  # folder for the run's files; default runs/<script>-<env>-<seed>-<time>
-    resume: str = ""  # folder of a run to continue there; its flags become the defaults
-    checkpoint_every: int = 10  # iterations from one checkpoint to the next
-    track: bool = False  # mirror the metrics to Weights & Biases
-    wandb_project: str = "policy-gradients"  # project there
+    """The defaults are those of the preset "discrete"; see PRESETS."""
+
+    env_id: str = "CartPole-v1"  # gymnasium environment; "module:Env-v0" imports the module first
+    seed: int = 1
+    total_timesteps: int = 200_000  # environment steps, over all processes
+    learning_rate: float = 2e-3  # initial Adam step size
+    anneal_lr: bool = True  # decay the learning rate linearly to 0 [C5]
+    num_envs: int = 64  # N: environments, over all processes
+    num_steps: int = 32  # T: steps in each environment per iteration
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of generalized advantage estimation
+    num_minibatches: int = 8  # minibatches per epoch
+    update_epochs: int = 4  # epochs over each batch
+    clip_coef: float = 0.2  # clip range epsilon
+    ent_coef: float = 0.01  # entropy coefficient c_2
+    vf_coef: float = 0.5  # value loss coefficient c_1
+    max_grad_norm: float = 0.5  # clip the gradient norm to this
+    target_kl: float | None = None  # stop an update early at this KL divergence [C6]
+    log_std: float = -1.0  # initial log standard deviation of Box actions
+    norm_obs: bool = True  # normalize observations; images are always divided by 255 [C8]
+    norm_reward: bool = True  # normalize rewards [C8]
+    clip_reward: bool = False  # learn from the sign of the rewards (Atari)
+    async_envs: bool = False  # run each environment in its own process
+    stop_at: float | None = None  # stop when the mean return of 100 episodes reaches this
+    eval_episodes: int = 0  # greedy episodes after training, rounded up to whole batches
+    eval_only: str = ""  # evaluate the run in this folder, without training
+    video: bool = False  # record a greedy episode after training
+    device: str = "cpu"  # "cuda" is the default for images if there is a GPU
+    run_dir: str = ""  # output folder; default: runs/<script>-<env>-<seed>-<time>
+    resume: str = ""  # continue the run in this folder; its flags are the defaults
+    track: bool = False  # log to Weights & Biases
+    wandb_project: str = "policy-gradients"
 
 
-def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
-    """Generalised advantage estimates (T, N); all inputs (T, N).
+PRESETS = {  # what differs from Args, by the actions and observations of the environment
+    "discrete": {},
+    "continuous": {"total_timesteps": 1_000_000, "learning_rate": 1e-3, "num_envs": 8,
+                   "num_steps": 256, "update_epochs": 10, "ent_coef": 0.0},
+    "image": {"total_timesteps": 10_000_000, "learning_rate": 2.5e-4, "num_envs": 8,
+              "num_steps": 128, "num_minibatches": 4, "clip_coef": 0.1, "norm_reward": False,
+              "device": "cuda" if torch.cuda.is_available() else "cpu"},
+}
 
-    next_value belongs to the observation that step t led to, which is the true last one where an
-    episode has ended there: so a time limit bootstraps from it, and a terminal state does not.
+
+def gae(reward, value, next_value, terminated, truncated, gamma, gae_lambda):
+    """Compute generalized advantage estimates (T, N); all inputs are (T, N).
+
+    next_value is V of the observation that step t led to. At the end of an episode that is its last
+    observation, not the first of the next episode.
     """
     delta = reward + gamma * next_value * ~terminated - value                     # (12) [C1]
-    advantage, later = torch.zeros_like(reward), torch.zeros_like(reward[0])
+    advantage = torch.zeros_like(reward)
+    next_advantage = torch.zeros_like(reward[0])
     for t in reversed(range(len(reward))):
-        advantage[t] = later = delta[t] + gamma * gae_lambda * later * ~done[t]   # (11)
+        continues = ~(terminated[t] | truncated[t])
+        next_advantage = delta[t] + gamma * gae_lambda * next_advantage * continues  # (11)
+        advantage[t] = next_advantage
     return advantage
 
 
 def ppo_loss(logprob, old_logprob, advantage, clip_coef):
-    """Minus the clipped objective, a scalar to minimise; inputs (M,)."""
+    """Compute the negative clipped objective, a scalar, from tensors (M,)."""
     ratio = (logprob - old_logprob).exp()                                         # (6)
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     return -torch.min(ratio * advantage, clipped * advantage).mean()              # (7), negated
 
 
-def value_error(value, old_value, target, clip_coef=None):
-    """Mean squared error of the value, a scalar; inputs (M,). With clip_coef as in [C3]."""
-    error = (value - target).square()
-    if clip_coef is not None:  # of V and of V kept near the old one, the larger error
-        near = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
-        error = torch.max(error, (near - target).square())                        # [C3]
-    return error.mean()
+def running_sums(reward, done, last_sum, gamma):
+    """Sum up the rewards of each episode so far, with earlier rewards discounted.
 
-
-def policy_change(logprob, old_logprob, clip_coef):
-    """Approximate KL(π_old‖π) and the share of ratios that are clipped, scalars; inputs (M,)."""
-    log_ratio = (logprob - old_logprob).detach()
-    ratio = log_ratio.exp()
-    return (ratio - 1 - log_ratio).mean(), ((ratio - 1).abs() > clip_coef).float().mean()  # [C6]
-
-
-def minibatches(num_rows, update_epochs, num_minibatches, device=None):
-    """Random parts of range(num_rows), each row once per epoch; none has fewer than two rows."""
-    parts = max(1, min(num_minibatches, num_rows // 2))
-    for _ in range(update_epochs):
-        yield from torch.randperm(num_rows, device=device).tensor_split(parts)
-
-
-def running_sums(reward, done, carried, gamma):
-    """What each episode has gathered up to each step, earlier rewards discounted, (T, N).
-
-    reward, done (T, N). carried (N,): zeros at first, then what the last call returned as second.
+    reward and done are (T, N). last_sum (N,) is the sum before step 0, from earlier batches.
+    Returns the sums at each step (T, N) and last_sum for the next batch (N,).
     """
-    sums = []
+    sums = torch.zeros_like(reward)
     for t in range(len(reward)):
-        sums.append(reward[t] + gamma * carried)
-        carried = sums[-1] * ~done[t]  # also at a time limit: the next episode begins from nothing
-    return torch.stack(sums), carried
+        sums[t] = reward[t] + gamma * last_sum
+        last_sum = sums[t] * ~done[t]
+    return sums, last_sum
 
 
-def moments(rows):
-    """Number, mean and unbiased variance, over axis 0, of the rows of all processes together."""
-    count = total(torch.tensor(float(len(rows)), device=rows.device))
-    mean = total(rows.sum(0)) / count
-    return count, mean, total((rows - mean).square().sum(0)) / (count - 1)
-
-
-def normalize(advantage):
-    """Mean 0 and standard deviation 1 over (R,), R at least 2."""
-    _, mean, var = moments(advantage)
-    return (advantage - mean) / (var.sqrt() + 1e-8)                               # [C4]
-
-
-class Normalizer(nn.Module):
-    """Mean and variance of all rows; batches' variances are merged as in Chan et al. (1979)."""
+class RunningMoments(nn.Module):
+    """Mean and variance of all rows so far; batches are merged as in Chan et al. (1979)."""
 
     def __init__(self, shape):
         super().__init__()
@@ -175,673 +158,557 @@ class Normalizer(nn.Module):
         self.register_buffer("var", torch.ones(shape))
 
     def update(self, rows):
-        """Take in rows (R, *shape)."""
+        """Add rows (R, *shape), in each process its own."""
         count, mean, var = moments(rows)
-        weight, shift = count / (self.count + count), mean - self.mean
-        self.var.lerp_(var, weight).add_(shift.square() * weight * (1 - weight))
-        self.mean.add_(shift * weight)
+        weight, delta = count / (self.count + count), mean - self.mean
+        self.var.lerp_(var, weight).add_(delta.square() * weight * (1 - weight))
+        self.mean.add_(delta * weight)
         self.count.add_(count)
 
-    def forward(self, x, center=True):
-        shifted = x - self.mean if center else x
-        return (shifted / (self.var + 1e-8).sqrt()).clamp(-10, 10)                # [C8]
+    def scale(self, x):
+        """Divide x (..., *shape) by the standard deviation; clip to ± 10."""
+        return (x / (self.var + 1e-8).sqrt()).clamp(-10, 10)                      # [C8]
 
 
-def mlp(sizes, gain):
-    """Linear layers of these sizes, tanh between; orthogonal weights, `gain` scales the last's."""
-    layers, gains = [], [2**0.5] * (len(sizes) - 2) + [gain]
-    for fan_in, fan_out, scale in zip(sizes, sizes[1:], gains):
-        layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
-        nn.init.orthogonal_(layers[-2].weight, scale)
-        nn.init.zeros_(layers[-2].bias)
-    return nn.Sequential(*layers[:-1])
+def init_layer(layer, gain=2**0.5):
+    """Initialize a layer: orthogonal weights, biases 0."""
+    nn.init.orthogonal_(layer.weight, gain)                                       # [C7]
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
-class Agent(nn.Module):
-    """Policy π(a|s) and value V(s), of normalised vectors (..., O) or images (..., C, H, W).
-
-    choices: how many each number of an action has to choose from; [] for a Gaussian, action_size.
-    """
-
-    def __init__(self, obs_shape, choices, action_size, log_std=0.0, norm_obs=False, bf16=False):
-        super().__init__()
-        self.choices, self.bf16, outputs = choices, bf16, sum(choices) or action_size
-        self.normalizer = Normalizer(obs_shape) if norm_obs else nn.Identity()
-        self.cnn = nature_cnn(*obs_shape) if len(obs_shape) == 3 else None
-        sizes = [512] if self.cnn else [*obs_shape, 64, 64]
-        self.actor, self.critic = mlp([*sizes, outputs], 0.01), mlp([*sizes, 1], 1.0)  # [C7]
-        self.log_std = None if choices else nn.Parameter(torch.full((action_size,), log_std))
-
-    def features(self, obs):
-        if self.cnn is None:
-            return obs
-        with torch.autocast(obs.device.type, torch.bfloat16, self.bf16):
-            return self.cnn(obs.flatten(0, -4) / 255).float().unflatten(0, obs.shape[:-3])
-
-    def value(self, obs):
-        """V (...) of obs."""
-        return self.critic(self.features(obs)).squeeze(-1)
-
-    def sample(self, obs):
-        """Actions (N, A) drawn from π: indices of choices, or numbers."""
-        output = self.actor(self.features(obs))
-        if self.choices:
-            parts = output.split(self.choices, -1)
-            return torch.cat([part.softmax(-1).multinomial(1) for part in parts], -1)
-        return output + self.log_std.exp() * torch.randn_like(output)
-
-    def mode(self, obs):
-        """The most probable actions (N, A)."""
-        output = self.actor(self.features(obs))
-        parts = output.split(self.choices, -1) if self.choices else []
-        return torch.stack([part.argmax(-1) for part in parts], -1) if parts else output
-
-    def forward(self, obs, action):
-        """log π(action|obs), the entropy of π(·|obs) and V(obs), all (...), action (..., A)."""
-        features = self.features(obs)
-        output, value = self.actor(features), self.critic(features).squeeze(-1)
-        if self.choices:
-            logprobs = [part.log_softmax(-1) for part in output.split(self.choices, -1)]
-            chosen = [part.gather(-1, index) for part, index in zip(logprobs, action.split(1, -1))]
-            entropy = -sum((part.exp() * part).sum(-1) for part in logprobs)
-            return torch.cat(chosen, -1).sum(-1), entropy, value
-        peak = -self.log_std - math.log(2 * math.pi) / 2  # log-density at the mean, per dimension
-        logprob = peak - ((action - output) / self.log_std.exp()).square() / 2
-        return logprob.sum(-1), (0.5 - peak).sum().expand(value.shape), value
-
-
-@torch.no_grad()
-def rollout(envs, agent, obs, num_steps):
-    """Play T steps on from obs (N, O).
-
-    Returns obs (T+1, N, O), action (T, N, A), final_obs (K, O), the true last observations of the
-    episodes that ended, step by step, and reward, terminated, done, over, valid (T, N), of which
-    VectorEnv.step tells. Index t is the step out of obs[t].
-    """
-    observations, actions, finals, outcomes = [obs], [], [], []
-    for _ in range(num_steps):
-        actions.append(agent.sample(agent.normalizer(observations[-1])))
-        next_obs, final_obs, *outcome = envs.step(actions[-1])
-        observations.append(next_obs)
-        finals.append(final_obs)
-        outcomes.append(outcome)
-    columns = (torch.stack(column).to(obs.device) for column in zip(*outcomes))
-    return torch.stack(observations), torch.stack(actions), torch.cat(finals), *columns
-
-
-class Batch(NamedTuple):
-    """What an update learns from, as rows: obs (R, O), action (R, A), the others (R,)."""
-
-    obs: torch.Tensor
-    action: torch.Tensor
-    logprob: torch.Tensor  # under π_old
-    value: torch.Tensor  # before the update
-    advantage: torch.Tensor
-    target: torch.Tensor  # of the value
-
-
-def objective(agent, part, clip_coef, clip_vloss, vf_coef, ent_coef):
-    """The loss of a minibatch, a scalar, and a report (5,): its three terms, KL, clip fraction."""
-    logprob, entropy, value = agent(part.obs, part.action)                        # (M,)
-    policy_loss = ppo_loss(logprob, part.logprob, part.advantage, clip_coef)
-    value_loss = value_error(value, part.value, part.target, clip_coef if clip_vloss else None)
-    entropy = entropy.mean()
-    loss = policy_loss + vf_coef * value_loss - ent_coef * entropy                # (9), negated
-    report = [policy_loss, value_loss, entropy, *policy_change(logprob, part.logprob, clip_coef)]
-    return loss, torch.stack(report).detach()
-
-
-def update(agent, optimizer, batch, loss_function, clip_coef, args):
-    """Epochs of minibatch steps on the batch; returns the means of what happened in them."""
-    params, reports = list(agent.parameters()), []
-    num_rows, device = len(batch.obs), batch.obs.device
-    for rows in minibatches(num_rows, args.update_epochs, args.num_minibatches, device):
-        part = Batch(*(column[rows] for column in batch))
-        loss, report = loss_function(
-            agent, part, clip_coef, args.clip_vloss, args.vf_coef, args.ent_coef)
-        optimizer.zero_grad()
-        loss.backward()
-        average([*(param.grad for param in params), report])                      # [C10]
-        norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm)               # [C5]
-        reports.append(torch.cat([report, norm.view(1)]))
-        if args.target_kl is not None and report[3] > 1.5 * args.target_kl:
-            break                                                                 # [C6]
-        optimizer.step()
-    names = ["policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm"]
-    return dict(zip(names, torch.stack(reports).mean(0)))
-
-
-def train(args):
-    """Train as the flags say; returns the score, the mean return of the last 100 episodes."""
-    args, device, rank, world_size = settle(args)
-    envs = VectorEnv(args, args.num_envs // world_size, device)
-    sizes = envs.obs_shape, envs.choices, envs.action_size
-    agent = Agent(*sizes, args.log_std, args.norm_obs, args.bf16).to(device)
-    if args.eval_only:
-        return evaluate_saved(args, agent, device)
-    scale = Normalizer(()).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)        # [C5]
-    loss_function = compiled(agent, objective, device) if args.compile else objective
-    with Run(args, envs.threshold, agent=agent, scale=scale, optimizer=optimizer) as run:
-        obs = envs.reset([args.seed, run.iteration, rank]).unsqueeze(0)
-        running = discounted = torch.zeros(len(obs[0]), device=device)
-        if rank > 0:  # weights alike, actions not
-            torch.manual_seed(args.seed + 2**20 * rank + run.iteration)
-        while not run.finished:
-            remaining = 1 - run.step / args.total_timesteps                       # [C5]
-            rate = args.learning_rate * (remaining if args.anneal_lr else 1)
-            clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
-            optimizer.param_groups[0]["lr"] = rate
-
-            obs, action, final_obs, reward, terminated, done, over, valid = rollout(
-                envs, agent, obs[-1], args.num_steps)
-            returns, running = running_sums(reward, over, running, gamma=1.0)     # (T, N)
-            if args.norm_reward:
-                sums, discounted = running_sums(reward, done, discounted, args.gamma)
-                scale.update(sums[valid])
-                reward = scale(reward, center=False)
-            if args.clip_reward:
-                reward = reward.sign()                                            # [C8]
-            seen = agent.normalizer(obs)                                          # (T+1, N, O)
-            with torch.no_grad():
-                logprob, _, value = agent(seen[:-1], action)                      # (T, N)
-                next_value = torch.cat([value[1:], agent.value(seen[-1:])])
-                final_value = agent.value(agent.normalizer(final_obs))            # (K,)
-            next_value = next_value.masked_scatter(done, final_value)             # [C1]
-            advantage = gae(
-                reward, value, next_value, terminated, done, args.gamma, args.gae_lambda)
-            columns = seen[:-1], action, logprob, value, advantage, advantage + value  # [C3]
-            batch = Batch(*(column[valid] for column in columns))                 # [C2]
-            unexplained = batch.advantage.var() / (batch.target.var() + 1e-8)
-            batch = batch._replace(advantage=normalize(batch.advantage))
-            means = update(agent, optimizer, batch, loss_function, clip_coef, args)
-            if args.norm_obs:
-                agent.normalizer.update(obs[:-1][valid])
-            run.log(args.num_envs * args.num_steps, gather(returns[over]),
-                    explained_variance=1 - unexplained, learning_rate=rate, **means)
-        run.save()
-        evaluate_agent(args, agent, device, run.dir)
-    leave()
-    return run.score
-
-
-# Below this line nothing is needed to understand the algorithm: environments, evaluation, files.
-
-
-PRESETS = {  # of a flag that is not given: for choices (Discrete and the like), Box actions, images
-    "total_timesteps": (200_000, 1_000_000, 10_000_000),
-    "learning_rate": (6e-3, 1e-3, 2.5e-4),
-    "num_envs": (64, 8, 8),
-    "num_steps": (32, 256, 128),
-    "gamma": (0.98, 0.99, 0.99),
-    "num_minibatches": (8, 8, 4),
-    "update_epochs": (3, 10, 4),
-    "clip_coef": (0.2, 0.2, 0.1),
-    "ent_coef": (0.0, 0.0, 0.01),
-    "norm_obs": (False, True, False),
-    "norm_reward": (False, True, False),
-    "clip_reward": (False, False, True),
-}
-
-
-def settle(args):
-    """Join the other processes, if torchrun started any, and give each flag a value.
-
-    Returns (args, device, rank, number of processes).
-    """
-    device, rank, world_size = prepare(args), 0, 1
-    if "LOCAL_RANK" in os.environ:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-    envs = VectorEnv(args, 1, device)  # one, to see what it is
-    envs.envs.close()
-    kind = 2 if len(envs.obs_shape) == 3 else 0 if envs.choices else 1
-    preset = {flag: row[kind] for flag, row in PRESETS.items() if getattr(args, flag) is None}
-    args = dataclasses.replace(args, **preset)
-    if kind == 2 and args.norm_obs:
-        fail("--norm-obs True: for vectors; the CNN scales images itself")
-    if kind == 2 and device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))  # a CNN gains by them
-    rows = args.num_envs * args.num_steps
-    if args.num_envs % world_size:
-        fail(f"--num-envs {args.num_envs}: does not divide by {world_size} processes")
-    if args.num_steps < 2 or rows < 6 * args.num_minibatches * world_size:
-        fail(f"--num-steps {args.num_steps} by --num-envs {args.num_envs}: a batch needs 2 steps, "
-             f"and 6 rows for each of --num-minibatches {args.num_minibatches}")
-    if args.total_timesteps < rows and not args.eval_only:
-        fail(f"--total-timesteps {args.total_timesteps}: less than one batch, {rows} steps")
-    if rank == 0 and preset:
-        chosen = [f"{flag.replace('_', '-')} {value}" for flag, value in preset.items()]
-        print(f"{world_size} process(es) with {torch.get_num_threads()} thread(s) on {device}; "
-              f"preset for {('choices', 'Box actions', 'images')[kind]}:", ", ".join(chosen))
-    return args, device, rank, world_size
-
-
-def total(tensor):
-    """Put the sum over all processes into the tensor; returns it."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def average(tensors):
-    """Put the mean over all processes into each of the tensors, by one message."""
-    if dist.is_initialized():
-        flat = total(torch.cat([tensor.flatten() for tensor in tensors])) / dist.get_world_size()
-        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(mean.view_as(tensor))
-
-
-def gather(rows):
-    """The rows (R,) of all processes, one process after another."""
-    if not dist.is_initialized():
-        return rows
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, rows.tolist())
-    return torch.tensor([row for part in parts for row in part])
-
-
-def leave():
-    """Part from the other processes once all have come to their end."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def compiled(agent, function, device):
-    """The function, compiled, and with it the agent's sampling; on a GPU as CUDA graphs."""
-    mode = "reduce-overhead" if device.type == "cuda" else "default"
-    sample = torch.compile(agent.sample, mode=mode)
-    agent.sample = lambda obs: sample(obs).clone()  # a graph writes into the same place each time
-    return torch.compile(function, mode=mode)
+def mlp(input_size, output_size, output_gain):
+    """Two hidden layers of 64 tanh units."""
+    return nn.Sequential(
+        init_layer(nn.Linear(input_size, 64)), nn.Tanh(), init_layer(nn.Linear(64, 64)), nn.Tanh(),
+        init_layer(nn.Linear(64, output_size), output_gain))
 
 
 def nature_cnn(channels, height, width):
-    """512 features (M, 512) of images (M, C, H, W): Mnih et al., Nature 518, 529 (2015)."""
-    convolutions = nn.Conv2d(channels, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3)
-    layers = [layer for convolution in convolutions for layer in (convolution, nn.ReLU())]
-    layers.append(nn.Flatten())
-    size = nn.Sequential(*layers)(torch.zeros(1, channels, height, width)).shape[1]
-    layers += [nn.Linear(size, 512), nn.ReLU()]
-    for layer in (*convolutions, layers[-2]):
-        nn.init.orthogonal_(layer.weight, 2**0.5)                                 # [C7]
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
+    """512 features of images, after Mnih et al., Nature 518, 529 (2015)."""
+    convolutions = nn.Sequential(
+        init_layer(nn.Conv2d(channels, 32, 8, 4)), nn.ReLU(),
+        init_layer(nn.Conv2d(32, 64, 4, 2)), nn.ReLU(),
+        init_layer(nn.Conv2d(64, 64, 3)), nn.ReLU(), nn.Flatten())
+    size = convolutions(torch.zeros(1, channels, height, width)).shape[1]
+    return nn.Sequential(convolutions, init_layer(nn.Linear(size, 512)), nn.ReLU())
 
 
-class VectorEnv:
-    """N copies of a gymnasium environment stepped together, with tensors in and out.
+class MultiCategorical:
+    """Independent categorical distributions, one for each of the K components of an action."""
 
-    Observations: images are uint8 (N, C, H, W), all else float32 vectors (N, O), Discrete ones
-    one-hot; parts of a Dict that hold no numbers (a text) are left out. Raises FloatingPointError
-    where a value is not finite.
-    """
+    def __init__(self, logits, sizes):
+        # logits (..., sum of sizes). Validation is slow.
+        self.parts = [Categorical(logits=x, validate_args=False) for x in logits.split(sizes, -1)]
 
-    def __init__(self, args, num_envs, device, video=None):
-        self.device, self.envs = device, make_envs(args, num_envs, video)
-        self.space, obs_space = self.envs.single_action_space, self.envs.single_observation_space
-        if not isinstance(obs_space, Box):
-            fail(f"--env-id {args.env_id}: observations {obs_space} are not supported, only Box, "
-                 "Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of these")
-        if not isinstance(self.space, (Box, Discrete, MultiDiscrete, MultiBinary)):
-            fail(f"--env-id {args.env_id}: actions {self.space} are not supported, only Box, "
-                 "Discrete, MultiDiscrete and MultiBinary")
-        mode, modes = self.envs.metadata.get("autoreset_mode"), gym.vector.AutoresetMode
-        if mode not in (modes.NEXT_STEP, modes.SAME_STEP):
-            fail(f"--env-id {args.env_id}: autoreset mode {mode} is not supported, only NEXT_STEP "
-                 "and SAME_STEP")
-        self.same_step, self.choices = mode == modes.SAME_STEP, category_sizes(self.space)
-        self.action_size = math.prod(self.space.shape)
-        self.obs_shape, self.channels_last = layout(obs_space)
-        self.threshold = self.envs.spec and self.envs.spec.reward_threshold
+    def sample(self):
+        return torch.stack([part.sample() for part in self.parts], dim=-1)
 
-    def reset(self, seed):
-        """Begin new episodes, the same for the same list of integers `seed`; returns obs (N, O)."""
-        seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) >> 1  # to fit in 31 bits
-        obs, info = self.envs.reset(seed=seed)
-        self.gives_tensors = torch.is_tensor(obs)
-        self.frame = info.get("episode_frame_number") if self.same_step else None
-        self.ended = torch.zeros(len(obs), dtype=torch.bool)
-        return self.observe(obs)
+    @property
+    def mode(self):
+        return torch.stack([part.mode for part in self.parts], dim=-1)
 
-    def step(self, action):
-        """Take actions (N, A) as the agent draws them.
+    def log_prob(self, action):
+        return sum(part.log_prob(x) for part, x in zip(self.parts, action.unbind(-1)))
 
-        Returns obs (N, O), final_obs (K, O), the true last ones of the K episodes that ended, and,
-        (N,) each: reward, terminated, done (terminated or truncated), over (a whole game ended,
-        not just a life of it), valid (False where the step only reset the environment).
-        """
-        obs, reward, terminated, truncated, info = self.envs.step(self.act(action))
-        reward = self.tensor("reward", reward).float()
-        terminated, truncated = self.tensor("", terminated), self.tensor("", truncated)
-        done, obs = terminated | truncated, self.observe(obs)
-        over = done
-        if self.frame is not None:  # native Atari: a life ended, or a game, if frames restart
-            frame, self.frame = self.frame, info["episode_frame_number"].copy()
-            over = truncated | torch.from_numpy(self.frame < frame)
-        valid = torch.ones_like(done) if self.same_step else ~self.ended.to(done.device)
-        self.ended, ends = done, done.nonzero().flatten()
-        final_obs = obs[ends]
-        if self.same_step and len(ends) > 0:
-            final_obs = self.observe(np.stack([info["final_obs"][i] for i in ends]))
-        return obs, final_obs, reward, terminated, done, over, valid
+    def entropy(self):
+        return sum(part.entropy() for part in self.parts)
 
-    def act(self, action):
-        """The action that the environments get, as a tensor where they speak in tensors."""
-        action = action.reshape(-1, *self.space.shape)
-        if self.choices:
-            action = action + torch.as_tensor(getattr(self.space, "start", 0), device=action.device)
+
+class Agent(nn.Module):
+    """Policy π(a|s; θ) and value V(s) of vectors (..., O) or uint8 images (M, C, H, W)."""
+
+    def __init__(self, obs_shape, action_space, args):
+        super().__init__()
+        self.choices = num_choices(action_space)  # of each component; [] for Box actions
+        size = sum(self.choices) or gym.spaces.flatdim(action_space)
+        self.cnn, self.obs_moments = None, None
+        if len(obs_shape) == 3:
+            self.cnn = nature_cnn(*obs_shape)
+            self.actor = init_layer(nn.Linear(512, size), 0.01)
+            self.critic = init_layer(nn.Linear(512, 1), 1.0)
         else:
-            low, high = (torch.as_tensor(bound, dtype=action.dtype, device=action.device)
-                         for bound in (self.space.low, self.space.high))
-            action = action.clamp(low, high)                                      # [C9]
-        return action if self.gives_tensors else action.cpu().numpy().astype(self.space.dtype)
+            self.obs_moments = RunningMoments(obs_shape) if args.norm_obs else None
+            self.actor = mlp(*obs_shape, size, 0.01)
+            self.critic = mlp(*obs_shape, 1, 1.0)
+        self.log_std = None if self.choices else nn.Parameter(torch.full((size,), args.log_std))
 
-    def observe(self, obs):
-        """Observations as the agent takes them, on its device."""
-        if self.channels_last:
-            obs = obs.movedim(-1, -3) if torch.is_tensor(obs) else np.moveaxis(obs, -1, -3)
-        obs = self.tensor("observation", obs).reshape(-1, *self.obs_shape)
-        return (obs if len(self.obs_shape) == 3 else obs.float()).to(self.device)
-
-    def tensor(self, name, array):
-        tensor = torch.as_tensor(array).clone()  # environments may write to theirs again
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            raise FloatingPointError(name)
-        return tensor
-
-
-def make_envs(args, num_envs, video=None):
-    """The gymnasium vector environment; video: the folder into which to film its first episode."""
-    kwargs, mode = {}, None if args.vectorization == "auto" else args.vectorization
-    module, _, name = args.env_id.rpartition(":")
-    with blamed(f"--env-id {args.env_id}"):
-        if module or name.startswith("ALE/"):
-            importlib.import_module(module or "ale_py")  # which registers its environments
-        spec = gym.spec(name)
-        if video:
-            mode, kwargs["render_mode"] = "sync", "rgb_array"
-        native = spec.vector_entry_point is not None and mode is None
-        if spec.namespace == "ALE" and native:  # life_loss_info: an end for the value, not a reset
-            kwargs |= {"life_loss_info": True, "reward_clipping": False,
-                       "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-        elif spec.namespace == "ALE":
-            kwargs["frameskip"] = 1  # AtariPreprocessing skips
-        if not native:
-            kwargs |= {"vectorization_mode": mode or "sync",
-                       "wrappers": [lambda env: wrapped(env, video)]}
-        return gym.make_vec(spec, num_envs, **kwargs)
-
-
-def wrapped(env, video=None):
-    """One environment, with observations that are a Box if they can be."""
-    if video:
-        env = gym.wrappers.RecordVideo(env, video, lambda episode: episode == 0, None, 0, "video")
-    if env.spec.namespace == "ALE":
-        env = gym.wrappers.AtariPreprocessing(env)
-        env = gym.wrappers.FrameStackObservation(env, 4)
-    space = env.observation_space
-    if isinstance(space, Dict):
-        env = gym.wrappers.FilterObservation(env, [key for key in space if numeric(space[key])])
-    if not isinstance(space, Box) and numeric(env.observation_space):
-        env = gym.wrappers.FlattenObservation(env)
-    return env
-
-
-def numeric(space):
-    """Whether observations of this space flatten to numbers that mean something."""
-    if isinstance(space, (Dict, Tuple)):
-        return all(map(numeric, space.values() if isinstance(space, Dict) else space))
-    return isinstance(space, (Box, Discrete, MultiDiscrete, MultiBinary))
-
-
-def category_sizes(space):
-    """Of how many each number of an action is chosen; [] for Box."""
-    if isinstance(space, Discrete):
-        return [int(space.n)]
-    if isinstance(space, MultiDiscrete):
-        return space.nvec.ravel().tolist()
-    return [2] * math.prod(space.shape) if isinstance(space, MultiBinary) else []
-
-
-def layout(space):
-    """Shape for the agent, (C, H, W) of images of 36 by 36 and more, else (O,); channels last?"""
-    shape = space.shape  # an image's: (H, W), (H, W, C), (C, H, W), (S, H, W, C) or (S, C, H, W)
-    if space.dtype != np.uint8 or len(shape) not in (2, 3, 4):
-        return (math.prod(shape),), False
-    last = len(shape) > 2 and shape[-1] == min(shape[-3:])
-    height, width = shape[-3:-1] if last else shape[-2:]
-    if min(height, width) < 36:  # the CNN's kernels need that many
-        return (math.prod(shape),), False
-    return (math.prod(shape) // (height * width), height, width), last
+    def forward(self, obs):
+        """Return the distribution of actions (..., K) and V (...)."""
+        if self.obs_moments:
+            obs = self.obs_moments.scale(obs - self.obs_moments.mean)             # [C8]
+        if self.cnn:
+            obs = self.cnn(obs / 255)
+        output, value = self.actor(obs), self.critic(obs).squeeze(-1)
+        if self.choices:
+            return MultiCategorical(output, self.choices), value
+        # Independent sums log-probabilities and entropies over the components.
+        return Independent(Normal(output, self.log_std.exp(), validate_args=False), 1), value
 
 
 @torch.no_grad()
-def play(args, agent, device, num_envs, video=None):
-    """Returns (N,) of an episode of the most probable actions in each of N environments."""
-    envs = VectorEnv(args, num_envs, device, video)
-    obs, total = envs.reset([args.seed, 2**31]), torch.zeros(num_envs)
-    alive = torch.ones(num_envs, dtype=torch.bool)
-    while alive.any():
-        obs, _, reward, _, _, over, _ = envs.step(agent.mode(agent.normalizer(obs)))
-        total, alive = total + reward.cpu() * alive, alive & ~over.cpu()
-    envs.envs.close()
-    return total
+def collect(envs, agent, obs, valid, num_steps):
+    """Take num_steps steps in each environment with the current policy.
+
+    obs (N, ...) and valid (N,) come from the last call, which returns them for the next. The third
+    result is a dict: obs (T, N, ...), action (T, N, K), and logprob, value, next_value, reward,
+    terminated, truncated, done and valid (T, N). Where valid is False, the step only reset the
+    environment. done: the episode ended here, so that the next step only resets.
+    """
+    steps = []
+    for _ in range(num_steps):
+        pi, value = agent(obs)
+        action = pi.sample()
+        next_obs, reward, terminated, truncated, life_lost = envs.step(action)
+        done = terminated | truncated
+        steps.append({"obs": obs, "action": action, "logprob": pi.log_prob(action), "value": value,
+                      "reward": reward * valid, "terminated": terminated | life_lost,  # [C1]
+                      "truncated": truncated, "done": done, "valid": valid})
+        obs, valid = next_obs, ~done                                              # [C2]
+    rollout = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+    _, last_value = agent(obs)
+    # As the environment resets one step later, obs[t + 1] is also the last one of an episode.
+    rollout["next_value"] = torch.cat([rollout["value"][1:], last_value.unsqueeze(0)])
+    return obs, valid, rollout
 
 
-def evaluate_agent(args, agent, device, folder):
-    """Play --eval-episodes and print their returns' mean; film one more with --video."""
-    if os.environ.get("RANK", "0") != "0":  # of several processes, only the first
-        return
-    if args.eval_episodes > 0:
-        total = play(args, agent, device, args.eval_episodes)
-        spread = f"± {total.std(correction=0):.1f} ({total.min():.1f} to {total.max():.1f})"
-        tqdm.write(f"evaluation: {len(total)} episodes, mean return {total.mean():.1f} {spread}")
-    if args.video:
-        with blamed("--video"):
-            play(args, agent, device, 1, video=str(folder))
-        tqdm.write(f"video: in {folder}")
+def update(agent, optimizer, batch, args):
+    """Take up to update_epochs * num_minibatches gradient steps on the batch, a dict of rows.
+
+    Returns the mean of each metric over the minibatches.
+    """
+    history = []
+    for _ in range(args.update_epochs):
+        permutation = torch.randperm(len(batch["obs"]), device=batch["obs"].device)
+        for rows in permutation.tensor_split(args.num_minibatches):
+            part = {name: column[rows] for name, column in batch.items()}
+            pi, value = agent(part["obs"])
+            logprob = pi.log_prob(part["action"])                                 # (M,)
+            loss_pi = ppo_loss(logprob, part["logprob"], part["advantage"], args.clip_coef)
+            loss_v = (value - part["target"]).square().mean()
+            entropy = pi.entropy().mean()
+            loss = loss_pi + args.vf_coef * loss_v - args.ent_coef * entropy      # (9), negated
+            optimizer.zero_grad()
+            loss.backward()
+
+            log_ratio = (logprob - part["logprob"]).detach()
+            ratio = log_ratio.exp()
+            metrics = {"policy_loss": loss_pi, "value_loss": loss_v, "entropy": entropy,
+                       "approx_kl": (ratio - 1 - log_ratio).mean(),               # [C6]
+                       "clip_fraction": ((ratio - 1).abs() > args.clip_coef).float().mean()}
+            metrics = {name: value.detach() for name, value in metrics.items()}
+            gradients = [param.grad for param in agent.parameters() if param.grad is not None]
+            for tensor in [*gradients, *metrics.values()]:
+                all_reduce_mean(tensor)                                           # [C10]
+            metrics["grad_norm"] = nn.utils.clip_grad_norm_(                      # [C5]
+                agent.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+            history.append(metrics)
+            if args.target_kl is not None and metrics["approx_kl"] > 1.5 * args.target_kl:
+                return mean_metrics(history)                                      # [C6]
+            optimizer.step()
+    return mean_metrics(history)
 
 
-def evaluate_saved(args, agent, device):
-    """--eval-only: the same, with the weights of a finished or stopped run."""
-    with blamed(f"--eval-only {args.eval_only}: its checkpoint.pt is of another agent"):
-        agent.load_state_dict(read_checkpoint(args.eval_only)["agent"])
-    if args.eval_episodes == 0 and not args.video:
-        fail("--eval-only: add --eval-episodes, or --video")
-    return evaluate_agent(args, agent, device, args.eval_only)
+def mean_metrics(history):
+    """Average a list of dicts of scalar tensors."""
+    return {name: torch.stack([row[name] for row in history]).mean() for name in history[0]}
 
 
-class Run:
-    """A run's progress, its folder (args.json, metrics.csv, checkpoint.pt) and what it shows.
+def train(args):
+    """Train an agent. Return it and the score, the mean return of the last 100 episodes."""
+    rank, world_size, device = setup(args)
+    envs = Envs(args, args.num_envs // world_size, device)
+    agent = Agent(envs.obs_shape, envs.single_action_space, args).to(device)
+    reward_moments = RunningMoments(()).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)        # [C5]
+    parts = {"agent": agent, "reward_moments": reward_moments, "optimizer": optimizer}
+    with Logger(args, parts) as log:
+        # Other episodes and actions in each process, and after --resume.
+        obs = envs.reset(seed_everything(args.seed, rank, log.iteration))
+        valid = torch.ones(len(obs), dtype=torch.bool, device=device)
+        if agent.obs_moments and log.iteration == 0:
+            obs, valid, rollout = collect(envs, agent, obs, valid, args.num_steps)
+            agent.obs_moments.update(rollout["obs"][rollout["valid"]])            # [C8]
+            obs, valid = envs.reset(), torch.ones_like(valid)
+        episode_return = torch.zeros(len(obs), device=device)
+        discounted_return = torch.zeros(len(obs), device=device)
+        while log.step < args.total_timesteps and not log.reached(args.stop_at):
+            remaining = 1 - log.step / args.total_timesteps if args.anneal_lr else 1
+            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining      # [C5]
 
-    parts: what a checkpoint keeps, each with a state_dict; with --resume they get theirs back.
+            obs, valid, rollout = collect(envs, agent, obs, valid, args.num_steps)
+            reward, done = rollout["reward"], rollout["done"]                     # (T, N)
+            returns, episode_return = running_sums(reward, done, episode_return, 1.0)
+            if args.norm_reward:
+                sums, discounted_return = running_sums(reward, done, discounted_return, args.gamma)
+                reward_moments.update(sums[rollout["valid"]])
+                reward = reward_moments.scale(reward)                             # [C8]
+            if args.clip_reward:
+                reward = reward.sign()
+            advantage = gae(reward, rollout["value"], rollout["next_value"], rollout["terminated"],
+                            rollout["truncated"], args.gamma, args.gae_lambda)
+            batch = {name: rollout[name] for name in ("obs", "action", "logprob")}
+            batch |= {"advantage": advantage, "target": advantage + rollout["value"]}  # [C3]
+            batch = {name: column[rollout["valid"]] for name, column in batch.items()}  # [C2]
+            _, mean, var = moments(batch["advantage"])
+            _, _, target_var = moments(batch["target"])
+            batch["advantage"] = (batch["advantage"] - mean) / (var.sqrt() + 1e-8)  # [C4]
+            metrics = update(agent, optimizer, batch, args)
+            if agent.obs_moments:  # after the update, as π_old saw the old mean and std
+                agent.obs_moments.update(batch["obs"])
+            log.write(args.num_envs * args.num_steps, all_gather(returns[done]), **metrics,
+                      explained_variance=1 - var / (target_var + 1e-8),
+                      learning_rate=args.learning_rate * remaining)
+    envs.close()
+    if dist.is_initialized():
+        dist.barrier()  # no process may leave before the others are done
+        dist.destroy_process_group()
+    if rank == 0 and (args.eval_episodes or args.video):
+        evaluate(args, log.dir)
+    return agent, log.score
+
+
+# --- The algorithm ends here. Below: flags, processes, environments, evaluation, logging. ---
+
+
+def default_args(env_id, **overrides):
+    """Return the flags for an environment: its preset, changed by the overrides."""
+    envs = Envs(Args(env_id=env_id), 1, "cpu")
+    envs.reset(seed=0)  # some environments cannot be closed before
+    envs.close()
+    preset = PRESETS["discrete" if num_choices(envs.single_action_space) else "continuous"]
+    if len(envs.obs_shape) == 3:
+        preset = PRESETS["image"] | {"clip_reward": envs.is_atari}
+    return Args(**{"env_id": env_id} | preset | overrides)
+
+
+def parse_args():
+    """Parse the command line; the defaults depend on the environment, or on the run to continue."""
+    given = tyro.cli(Args, args=[arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
+    folder = given.resume or given.eval_only
+    if not folder:
+        return tyro.cli(Args, default=default_args(given.env_id))
+    try:
+        saved = Args(**load_checkpoint(folder)["args"])
+    except Exception as error:  # a missing, damaged or foreign file
+        raise SystemExit(f"{folder}: not a run of this script: {error!r:.150}") from error
+    args = tyro.cli(Args, default=saved)
+    if (args.env_id, args.norm_obs) != (saved.env_id, saved.norm_obs):
+        raise SystemExit(f"{folder}: has --env-id {saved.env_id} and norm_obs {saved.norm_obs}; "
+                         "these cannot change")
+    return args
+
+
+def setup(args):
+    """Start torch.distributed under torchrun; check flags. Return rank, processes and device."""
+    if not torch.get_device_module(args.device).is_available():
+        raise SystemExit(f"--device {args.device}: not available here; use --device cpu")
+    rank, world_size, device = 0, 1, torch.device(args.device)
+    if dist.is_torchelastic_launched():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    # Episodes may last one step each. Then every second row is valid. A minibatch needs two rows.
+    rows = args.num_envs // world_size * (args.num_steps // 2)
+    if args.num_envs % world_size or rows < 2 * args.num_minibatches:
+        raise SystemExit(f"--num-envs {args.num_envs}: not divisible by {world_size} processes, or "
+                         "with --num-steps too small for --num-minibatches")
+    torch.manual_seed(args.seed)  # the same weights in all processes
+    return rank, world_size, device
+
+
+def seed_everything(*numbers):
+    """Seed all random number generators; return a seed for the environments."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1)
+    random.seed(seed)  # some environments draw from the global generators
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return seed
+
+
+def all_reduce_mean(tensor):
+    """Replace the tensor by its mean over all processes, in place; return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def all_gather(values):
+    """Return the values (R,) of all processes as a list."""
+    if not dist.is_initialized():
+        return values.tolist()
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values.tolist())
+    return [value for part in parts for value in part]
+
+
+def moments(rows):
+    """Return count, mean and variance of rows (R, ...) over all processes; count is per process."""
+    count = all_reduce_mean(torch.tensor(float(len(rows)), device=rows.device))
+    mean = all_reduce_mean(rows.sum(0)) / count
+    return count, mean, all_reduce_mean((rows - mean).square().sum(0)) / count
+
+
+def num_choices(space):
+    """Return the number of choices for each component of an action; [] for Box."""
+    if isinstance(space, Discrete):
+        return [int(space.n)]
+    if isinstance(space, MultiDiscrete):
+        return space.nvec.flatten().tolist()
+    return [2] * gym.spaces.flatdim(space) if isinstance(space, MultiBinary) else []
+
+
+class Envs(gym.vector.VectorWrapper):
+    """N environments with tensors in and out; exits if their spaces are not supported."""
+
+    def __init__(self, args, num_envs, device, video_dir=None):
+        super().__init__(make_envs(args, num_envs, video_dir))
+        self.device, self.is_atari = device, "ALE/" in args.env_id
+        obs_space, action_space = self.single_observation_space, self.single_action_space
+        float_box = isinstance(action_space, Box) and action_space.dtype.kind == "f"
+        if not isinstance(obs_space, Box) or not (float_box or num_choices(action_space)):
+            raise SystemExit(f"--env-id {args.env_id}: observations {obs_space} or actions "
+                             f"{action_space} not supported; for integers use MultiDiscrete")
+        if self.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+            raise SystemExit(f"--env-id {args.env_id}: needs autoreset mode NEXT_STEP")
+        self.obs_shape, self.channels_last = image_layout(obs_space)
+        if len(self.obs_shape) == 1:
+            torch.set_num_threads(1)  # the networks for vectors are slower with two
+
+    def reset(self, seed=None):
+        """Start new episodes; return the observations (N, ...)."""
+        obs, info = self.env.reset(seed=seed)
+        self.lives = np.array(info.get("lives"))
+        return self.to_tensor(obs)
+
+    def step(self, action):
+        """Take actions (N, K).
+
+        Returns the observations (N, ...), and reward, terminated, truncated and life_lost (N,).
+        """
+        obs, reward, terminated, truncated, info = self.env.step(self.to_env_action(action))
+        life_lost = np.full(self.num_envs, self.is_atari and info["lives"] < self.lives)
+        self.lives = np.array(info.get("lives"))  # a copy, as the environment may reuse its array
+        reward = torch.tensor(reward, dtype=torch.float32, device=self.device)
+        flags = [torch.tensor(x, device=self.device) for x in (terminated, truncated, life_lost)]
+        return self.to_tensor(obs), reward, *flags
+
+    def to_tensor(self, obs):
+        """Copy observations: images stay uint8, all else becomes float32 vectors."""
+        obs = np.moveaxis(obs, -1, -3) if self.channels_last else obs
+        dtype = torch.uint8 if len(self.obs_shape) == 3 else torch.float32
+        return torch.tensor(obs, dtype=dtype, device=self.device).reshape(-1, *self.obs_shape)
+
+    def to_env_action(self, action):
+        """Convert sampled actions to what the environments expect.
+
+        Discrete actions count from space.start. Box actions are scaled from [-1, 1] to the bounds,
+        then clipped. Dimensions with a bound that is infinite, or beyond 1e6, are not scaled.
+        """
+        space = self.single_action_space
+        action = action.cpu().numpy().reshape(-1, *space.shape)
+        if not isinstance(space, Box):
+            return (action + getattr(space, "start", 0)).astype(space.dtype)
+        bounded = np.maximum(-space.low, space.high).astype(np.float64) <= 1e6
+        # low = -1 and high = 1 leave the action as it is
+        low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
+        action = (high + low) / 2 + (high - low) / 2 * action                     # [C9]
+        return action.astype(space.dtype).clip(space.low, space.high)
+
+
+def make_envs(args, num_envs, video_dir):
+    """Return gymnasium's vector environment; with video_dir, record the first episode there."""
+    module, _, env_id = args.env_id.rpartition(":")
+    if module or env_id.startswith("ALE/"):
+        importlib.import_module(module or "ale_py")  # registers its environments
+    try:
+        spec = gym.spec(env_id)
+        native = spec.vector_entry_point and not args.async_envs and not video_dir
+        kwargs = {"render_mode": "rgb_array"} if video_dir else {}
+        if spec.namespace == "ALE":  # native: raw rewards, no FIRE at a reset, as in wrap_env
+            native_kwargs = {"reward_clipping": False, "use_fire_reset": False}
+            kwargs |= native_kwargs if native else {"frameskip": 1}
+        if not native:
+            kwargs |= {"vectorization_mode": "async" if args.async_envs else "sync",
+                       "wrappers": [lambda env: wrap_env(env, video_dir)]}
+        return gym.make_vec(spec, num_envs, **kwargs)
+    except (gym.error.UnregisteredEnv, gym.error.DependencyNotInstalled) as error:
+        raise SystemExit(f"--env-id {args.env_id}: {error}") from error
+
+
+def wrap_env(env, video_dir):
+    """Wrap one environment: video, Atari preprocessing, Dict and other observations as one Box."""
+    if video_dir:
+        env = gym.wrappers.RecordVideo(env, video_dir, lambda episode: episode == 0)
+    if env.spec.namespace == "ALE":
+        env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
+    if env.spec.max_episode_steps is None:  # longer than the longest Atari game
+        env = gym.wrappers.TimeLimit(env, 30_000)
+    space = numeric_part(env.observation_space)
+    if isinstance(space, Dict) and len(space) == 1:  # the only part may be an image
+        key, space = next(iter(space.items()))
+        env = gym.wrappers.TransformObservation(env, lambda obs: obs[key], space)
+    if not isinstance(space, Box | None):
+        env = gym.wrappers.TransformObservation(
+            env, lambda obs: gym.spaces.flatten(space, obs), gym.spaces.flatten_space(space))
+    return env
+
+
+def numeric_part(space):
+    """Return the space without the parts of Dicts that are no numbers; None if nothing is left."""
+    if isinstance(space, Dict):
+        parts = {key: numeric_part(part) for key, part in space.items()}
+        for key in [key for key in parts if parts[key] is None]:
+            warnings.warn(f"the observation {key!r} has no numbers and is left out", stacklevel=2)
+            del parts[key]
+        return Dict(parts) if parts else None
+    if isinstance(space, Tuple):
+        return space if all(numeric_part(part) == part for part in space) else None
+    return space if isinstance(space, (Box, Discrete, MultiDiscrete, MultiBinary)) else None
+
+
+def image_layout(space):
+    """Return the agent's observation shape, (C, H, W) or (O,), and whether channels come last.
+
+    Images are uint8 with bounds 0 and 255, of 36 by 36 pixels or more (the CNN needs that many):
+    (H, W), (H, W, C), (C, H, W), or a stack of these. Stacked frames become channels.
+    """
+    shape = space.shape
+    if len(shape) in (2, 3, 4):
+        last = len(shape) > 2 and shape[-1] == min(shape[-3:])
+        height, width = shape[-3:-1] if last else shape[-2:]
+        pixels = space.dtype == np.uint8 and space.low.min() == 0 and space.high.max() == 255
+        if pixels and min(height, width) >= 36:
+            return (space.low.size // (height * width), height, width), last
+        warnings.warn(f"observations {space} are flattened to vectors: not uint8 images of 36 by "
+                      "36 pixels or more", stacklevel=2)
+    return (space.low.size,), False
+
+
+@torch.no_grad()
+def evaluate(args, folder):
+    """Play --eval-episodes episodes or more with the most likely actions; print the mean return.
+
+    The agent is that of the checkpoint in the folder. With --video, play one episode at a time and
+    record the first into the folder.
+    """
+    num_episodes = max(args.eval_episodes, 1)
+    num_envs = 1 if args.video else min(args.num_envs, num_episodes)
+    envs = Envs(args, num_envs, args.device, video_dir=str(folder) if args.video else None)
+    agent = Agent(envs.obs_shape, envs.single_action_space, args).to(args.device)
+    agent.load_state_dict(load_checkpoint(folder)["agent"])
+    # A seed far from those of training, so that the episodes are new.
+    obs, returns = envs.reset(args.seed + 2**30), []
+    while len(returns) < num_episodes:
+        running = torch.ones(num_envs, dtype=torch.bool, device=args.device)
+        episode_return = torch.zeros(num_envs, device=args.device)
+        while running.any():
+            obs, reward, terminated, truncated, _ = envs.step(agent(obs)[0].mode)
+            episode_return += reward * running
+            running = running & ~(terminated | truncated)
+        returns += episode_return.tolist()
+        obs = envs.reset()
+    envs.close()
+    tqdm.write(f"greedy evaluation: mean return {np.mean(returns):.1f} in {len(returns)} episodes")
+
+
+def load_checkpoint(folder):
+    """Load what Logger.save wrote; weights_only, so that a stranger's file cannot run code."""
+    return torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
+
+
+class Logger:
+    """Writes the run's folder (args.json, metrics.csv, checkpoint.pt), progress bar and wandb.
+
+    parts: modules and optimizers by name, which a checkpoint keeps and --resume restores.
     """
 
-    def __init__(self, args, threshold, **parts):
-        self.args, self.threshold, self.parts = args, threshold, parts
-        self.writes = os.environ.get("RANK", "0") == "0"  # of several processes, only the first
-        self.step, self.iteration, self.seconds = 0, 0, 0.0
-        self.window, self.passed = [], ""  # last returns; where the threshold was passed
-        self.size = 0  # of metrics.csv
-        name = f"{Path(__file__).stem}-{re.sub(r'[^A-Za-z0-9.]+', '-', args.env_id)}-{args.seed}"
-        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # two may begin in one second
-        self.dir = Path(args.resume or args.run_dir or f"runs/{name}-{now}")
+    def __init__(self, args, parts):
+        self.args, self.parts, self.checkpoint, self.wandb = args, parts, None, None
+        self.step, self.iteration, self.seconds, self.csv_size = 0, 0, 0.0, 0
+        self.returns, self.score = [], np.nan  # of the last 100 episodes
+        self.is_main = not dist.is_initialized() or dist.get_rank() == 0
+        name = f"{Path(__file__).stem}-{args.env_id}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = name.replace("/", "-").replace(":", "-")
+        self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
         if args.resume:
-            self.load()
-        elif self.writes and (self.dir / "checkpoint.pt").exists():
-            fail(f"--run-dir {self.dir}: holds a run already; --resume it, or name another folder")
-        self.metrics, self.wandb = open_run(self.dir, args, self.size)
-        shows = self.writes and sys.stderr.isatty()
+            saved = load_checkpoint(args.resume)
+            vars(self).update(saved["progress"])
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+        elif self.is_main and (self.dir / "metrics.csv").exists():
+            raise SystemExit(f"--run-dir {self.dir}: holds a run already; choose another folder")
+        self.start = time.perf_counter() - self.seconds
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps",
-                        unit_scale=True, dynamic_ncols=True, disable=not shows)
-        self.clock = self.shown = time.perf_counter()
-        self.save()
+                        unit_scale=True, disable=None if self.is_main else True)
+        if not self.is_main:
+            return
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        self.csv = (self.dir / "metrics.csv").open("a", buffering=1)
+        # Drop rows that are newer than the checkpoint.
+        self.csv.seek(self.csv.truncate(min(self.csv_size, self.csv.tell())))
+        if args.track:
+            import wandb
 
-    @property
-    def score(self):
-        """Mean return of the last 100 episodes, NaN before the first has ended."""
-        return sum(self.window) / len(self.window) if self.window else math.nan
+            self.wandb = wandb.init(project=args.wandb_project, name=self.dir.name,
+                                    id=self.dir.name, resume="allow", config=asdict(args))
 
     def reached(self, goal):
-        """Whether there is a goal, and the mean return of 100 episodes is that high."""
-        return goal is not None and len(self.window) == 100 and self.score >= goal
+        """Whether goal is not None, 100 episodes have ended, and the score is at least goal."""
+        return goal is not None and len(self.returns) == 100 and self.score >= goal
 
-    @property
-    def finished(self):
-        """Whether the steps are used up, or --stop-at has been reached."""
-        return self.step >= self.args.total_timesteps or self.reached(self.args.stop_at)
-
-    def log(self, steps, returns, **means):
-        """End an iteration: its environment steps, returns of episodes that ended, and means."""
-        self.step, self.iteration = self.step + int(steps), self.iteration + 1
-        self.window = (self.window + returns.tolist())[-100:]
-        now = time.perf_counter()
-        self.seconds, self.clock = self.seconds + now - self.clock, now
+    def write(self, steps, returns, **metrics):
+        """Log one iteration: its environment steps, returns of the episodes, and metrics."""
+        self.step, self.iteration = self.step + steps, self.iteration + 1
+        self.seconds = time.perf_counter() - self.start
+        self.returns = (self.returns + returns)[-100:]
+        self.score = float(np.mean(self.returns)) if self.returns else np.nan
+        self.bar.set_postfix(score=f"{self.score:.1f}", refresh=False)
+        self.bar.update(steps)
+        if not self.is_main:
+            return
         row = {"step": self.step, "seconds": self.seconds, "score": self.score}
-        row |= {name: torch.as_tensor(mean).item() for name, mean in means.items()}
-        for name in means:
-            if not math.isfinite(row[name]):
-                raise FloatingPointError(name)
-        if self.metrics.tell() == 0:
-            self.metrics.write(",".join(row) + "\n")
-        self.metrics.write(",".join(f"{value:.8g}" for value in row.values()) + "\n")
-        self.size = self.metrics.tell()  # a resumed run goes on from there
-        if not self.passed and self.reached(self.threshold):
-            self.passed = f"; {self.threshold:g} passed at {self.step:,}, {self.seconds:.1f} s"
-        if self.iteration % self.args.checkpoint_every == 0:
-            self.save()
-        self.bar.set_postfix_str(f"score {self.score:.1f}", refresh=False)
-        self.bar.update(min(self.step, self.bar.total) - self.bar.n)
-        if self.bar.disable and self.writes and now - self.shown > 5:
-            self.shown = now
-            print(f"step {self.step:,}, score {self.score:.1f}, {self.seconds:.0f} s", flush=True)
+        row |= {name: float(value) for name, value in metrics.items()}
+        if self.csv.tell() == 0:
+            print(*row.keys(), sep=",", file=self.csv)  # header
+        print(*row.values(), sep=",", file=self.csv)
         if self.wandb:
-            try:
-                self.wandb.log(row, step=self.step)
-            except Exception as error:  # trouble on the network must not end the training
-                tqdm.write(f"warning: --track: {error}; the training goes on without", sys.stderr)
-                self.wandb = None
+            self.wandb.log(row, step=self.step)
+        self.csv_size = self.csv.tell()
+        # A copy: the next iteration changes the tensors, and may be interrupted halfway.
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state["progress"] = {name: getattr(self, name) for name in PROGRESS}
+        self.checkpoint = copy.deepcopy(state | {"args": asdict(self.args)})
+        if self.iteration % 10 == 0:
+            self.save()
 
     def save(self):
-        """Write checkpoint.pt beside its place, then move it in: no kill leaves half of it."""
-        if not self.writes:
-            return
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state["args"] = dataclasses.asdict(self.args)
-        state["run"] = {name: getattr(self, name) for name in KEPT}
-        cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-        state["rng"] = [torch.get_rng_state(), *cuda]
-        with blamed(f"--run-dir {self.dir}"):
-            torch.save(state, self.dir / "checkpoint.tmp")
-            (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
-
-    def load(self):
-        """Take back what save wrote."""
-        state = read_checkpoint(self.dir)
-        with blamed(f"--resume {self.dir}: its checkpoint.pt is not of such a run"):
-            for name, part in self.parts.items():
-                if isinstance(part, torch.optim.Optimizer):  # the flags, not the file, set its rate
-                    state[name]["param_groups"] = part.state_dict()["param_groups"]
-                part.load_state_dict(state[name])
-            vars(self).update({name: state["run"][name] for name in KEPT})
-            torch.set_rng_state(state["rng"][0])
-            if torch.cuda.is_initialized() and state["rng"][1:]:
-                torch.cuda.set_rng_state(state["rng"][1])
+        """Write checkpoint.pt, first under another name, so that it is always whole."""
+        torch.save(self.checkpoint, self.dir / "checkpoint.tmp")
+        (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
-        if kind is FloatingPointError:
-            fail(f"step {self.step}: {error} is not finite; the last good checkpoint: {self.dir}")
+        if self.is_main and self.checkpoint:
+            self.save()  # the last whole iteration, also after an error
+            print(f"score {self.score:.1f} after {self.step:,} steps; files in {self.dir}")
         if kind is KeyboardInterrupt:
-            print(f"stopped; go on with --resume {self.dir}", file=sys.stderr)
             raise SystemExit(130)
-        if kind is None and self.writes:
-            took = f"{self.step:,} steps, {self.seconds:.1f} s{self.passed}"
-            print(f"score {self.score:.1f} after {took}; files in {self.dir}")
 
 
-KEPT = ("step", "iteration", "seconds", "window", "passed", "size")  # of Run, in a checkpoint
-
-
-def open_run(folder, args, size):
-    """Write args.json; returns metrics.csv, cut to `size` bytes, and wandb's run, if any."""
-    if os.environ.get("RANK", "0") != "0":  # of several processes, only the first writes
-        return open(os.devnull, "w"), None
-    with blamed(f"--run-dir {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-        metrics = (folder / "metrics.csv").open("a", buffering=1)
-        metrics.seek(metrics.truncate(min(size, metrics.tell())))
-    if not args.track:
-        return metrics, None
-    with blamed("--track"):
-        import wandb  # here, so that those who do not --track need not wait for it
-
-        return metrics, wandb.init(project=args.wandb_project, config=dataclasses.asdict(args),
-                                   dir=folder, name=folder.name, id=folder.name,
-                                   resume="allow" if args.resume else "never")
-
-
-def prepare(args):
-    """Refuse numbers out of range, seed torch, set its threads; returns the device."""
-    for field in dataclasses.fields(args):
-        value, name = getattr(args, field.name), field.name.replace("_", "-")
-        high = 1 if name in ("gamma", "gae-lambda", "trace-lambda", "epsilon") else 1e300
-        low = 1 if type(value) is int and name not in ("seed", "eval-episodes") else 0
-        low = -1e300 if name in ("stop-at", "log-std") else low
-        if type(value) in (int, float) and not low <= value <= high:
-            fail(f"--{name} {value}: must be at least {low}" + " and at most 1" * (high == 1))
-    with blamed(f"--seed {args.seed}"):
-        torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # layers this small lose more than they gain by a second thread
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not getattr(torch, name).is_available():
-        fail(f"--device {name}: there is none here; use --device cpu")
-    return torch.device(name)
-
-
-def parse(kind):
-    """The flags; with --resume, those of the run it names where the command line has none."""
-    sys.stdout.reconfigure(errors="replace")  # not every terminal or pipe can write γ or π
-    args = tyro.cli(kind)
-    folder = args.resume or getattr(args, "eval_only", "")
-    if not folder:
-        return args
-    with blamed(f"{folder}: its checkpoint.pt is not of such a run"):
-        saved = kind(**read_checkpoint(folder)["args"])
-    return tyro.cli(kind, default=saved)
-
-
-def read_checkpoint(folder):
-    """What save wrote there; weights_only, so that a stranger's file can run no code."""
-    with blamed(f"{folder}: no checkpoint.pt of such a run there"):
-        return torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-
-
-@contextlib.contextmanager
-def blamed(cause):
-    """Whatever fails inside, and it may in many ways, is a mistake of the user's there."""
-    try:
-        yield
-    except Exception as error:
-        fail(f"{cause}: {type(error).__name__}: {error}")
-
-
-def fail(message):
-    """End the program for a mistake of its user: one line on stderr, exit code 2."""
-    print("error: " + " ".join(message.split())[:400], file=sys.stderr)
-    raise SystemExit(2)
+PROGRESS = ("step", "iteration", "seconds", "csv_size", "returns", "score")  # in a checkpoint
 
 
 if __name__ == "__main__":
-    train(parse(Args))
+    flags = parse_args()
+    if flags.eval_only:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
+        evaluate(flags, flags.eval_only)
+    else:
+        train(flags)

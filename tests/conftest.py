@@ -19,12 +19,6 @@ SCRIPTS = [name for name in [*LADDER, "grpo", "dpo"] if (ROOT / f"{name}.py").ex
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
-@pytest.fixture(params=["ppo"])
-def script(request):
-    """ppo.py as a module."""
-    return importlib.import_module(request.param)
-
-
 @pytest.fixture(params=SIMPLE)
 def simple(request):
     """Each control script but PPO in turn, as a module."""
@@ -51,38 +45,14 @@ def teach_once(module, monkeypatch):
 
 
 class FakeLogger:
-    """Stands in for Logger of the simple scripts: writes nothing, ends after `updates` rows."""
+    """Stands in for Logger of the control scripts: writes nothing, ends after `updates` rows."""
 
     def __init__(self, updates=1):
         self.updates, self.step, self.score, self.rows = updates, 0, 0.0, []
-
-    def __call__(self, args, policy):
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return False
-
-    def reached(self, goal):
-        return len(self.rows) >= self.updates
-
-    def write(self, steps, returns, **metrics):
-        self.step += int(steps)
-        metrics = {name: value.detach().clone() for name, value in metrics.items()}
-        self.rows.append((int(steps), returns, metrics))
-
-
-class OneUpdate:
-    """Stands in for Run of ppo.py: writes nothing, ends after `updates`."""
-
-    def __init__(self, updates=1):
-        self.updates, self.step, self.iteration, self.score, self.rows = updates, 0, 0, 0.0, []
         self.dir = "nowhere"
 
-    def __call__(self, args, threshold, **parts):
-        self.parts = parts
+    def __call__(self, args, parts):
+        self.parts = parts  # of ppo.py; the policy elsewhere
         return self
 
     def __enter__(self):
@@ -92,12 +62,13 @@ class OneUpdate:
         return False
 
     @property
-    def finished(self):
-        return self.iteration >= self.updates
+    def iteration(self):
+        return len(self.rows)
 
-    def save(self):
-        pass
+    def reached(self, goal):
+        return len(self.rows) >= self.updates
 
-    def log(self, steps, returns, **means):
-        self.step, self.iteration = self.step + int(steps), self.iteration + 1
-        self.rows.append((int(steps), returns, means))
+    def write(self, steps, returns, **metrics):
+        self.step += int(steps)
+        metrics = {name: torch.as_tensor(value).detach().clone() for name, value in metrics.items()}
+        self.rows.append((int(steps), returns, metrics))

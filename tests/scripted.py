@@ -2,9 +2,8 @@
 
 import gymnasium as gym
 import numpy as np
-import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import SyncVectorEnv
 
 LENGTHS = [3, 1, 5, 2, 4, 1, 1, 6]  # of the episodes of Scripted, one after another, then again
 
@@ -37,10 +36,6 @@ class Scripted(gym.Env):
         return observed(self.episode, self.t), reward, end and even, end and not even, {}
 
 
-def same_step(num_envs, **kwargs):
-    return SyncVectorEnv([Scripted] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
-
-
 class Garbage(SyncVectorEnv):
     """Scripted, but its reset-only steps report rewards that no one must see."""
 
@@ -50,28 +45,6 @@ class Garbage(SyncVectorEnv):
         reset_only = self._autoreset_envs.copy()
         obs, reward, *rest = super().step(actions)
         return obs, np.where(reset_only, self.amount, reward), *rest
-
-
-class InTensors(VectorEnv):
-    """Speaks in tensors only, and reuses its own: reward is the action, episodes have 4 steps."""
-
-    single_observation_space, single_action_space = Box(-9, 9, (3,), np.float32), Box(-1, 1, (2,))
-
-    def __init__(self, num_envs, **kwargs):
-        self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
-        self.num_envs, self.obs, self.t = num_envs, torch.zeros(num_envs, 3), 0
-
-    def reset(self, *, seed=None, options=None):
-        self.t = 0
-        return self.obs.zero_(), {}
-
-    def step(self, actions):
-        assert isinstance(actions, torch.Tensor) and actions.shape == (self.num_envs, 2)
-        assert actions.abs().max() <= 1
-        reset, no = self.t == 4, torch.zeros(self.num_envs, dtype=torch.bool)
-        self.t = 0 if reset else self.t + 1
-        self.obs.fill_(self.t)
-        return self.obs, actions[:, 0] * (not reset), no | (self.t == 4), no, {}
 
 
 class Spaces(gym.Env):
@@ -105,20 +78,27 @@ SPACES = {
     "whole": Box(0, 20, (3,), np.int64),
     "dict": Dict({"a": Box(-1, 1, (2, 2), np.float32), "b": Discrete(3), "c": MultiBinary(2)}),
     "text": Dict({"a": Box(-1, 1, (2,), np.float32), "said": Text(4)}),
+    "nested": Dict({"in": Dict({"a": Box(-1, 1, (2,), np.float32), "said": Text(4)}),
+                    "n": Discrete(3)}),
+    "picture": Dict({"image": Box(0, 255, (40, 36, 3), np.uint8), "said": Text(4)}),
+    "both": Dict({"image": Box(0, 255, (40, 36, 3), np.uint8), "a": Box(-1, 1, (2,), np.float32)}),
     "tuple": Tuple([Discrete(2), MultiDiscrete([2, 3]), Box(-1, 1, (1,), np.float32)]),
     "first": Box(0, 255, (3, 40, 36), np.uint8),
     "last": Box(0, 255, (40, 36, 3), np.uint8),
     "stack": Box(0, 255, (4, 40, 36, 3), np.uint8),
     "gray": Box(0, 255, (40, 36), np.uint8),
     "tiny": Box(0, 255, (7, 7, 3), np.uint8),
+    "board": Box(0, 3, (40, 40), np.uint8),
+    "floats": Box(0, 1, (40, 36, 3), np.float32),
+    "far": Box(16, 30, (2,), np.float32),
+    "fine": Box(-0.1, 0.1, (2,), np.float64),
+    "unbounded": Box(-np.inf, np.inf, (2,), np.float32),
     "number": Box(-1, 1, (), np.float32),
 }
 for name in SPACES:
     gym.register(f"Sees-{name}-v0", Spaces, kwargs={"obs": name, "action": "discrete"})
     gym.register(f"Does-{name}-v0", Spaces, kwargs={"obs": "box", "action": name})
 gym.register("Scripted-v0", Scripted)
-gym.register("SameStep-v0", Scripted, vector_entry_point=same_step)
 gym.register(
     "Garbage-v0", Scripted, vector_entry_point=lambda num_envs: Garbage([Scripted] * num_envs)
 )
-gym.register("InTensors-v0", vector_entry_point=InTensors)

@@ -1,10 +1,19 @@
-"""PPO: advantages, the clipped loss, minibatches, and what reset-only steps must not do."""
+"""ppo.py: advantages, the clipped loss, distributions, networks and the update."""
+
+import itertools
 
 import pytest
 import torch
-from conftest import OneUpdate
+from conftest import FakeLogger
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 
 import ppo
+
+DISCRETE = Discrete(2)
+
+
+def make_agent(obs_shape=(3,), action_space=DISCRETE, **flags):
+    return ppo.Agent(obs_shape, action_space, ppo.Args(**{"norm_obs": False} | flags))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -14,8 +23,8 @@ def test_gae_is_the_double_sum(seed):
     reward = torch.randn(steps, num_envs, generator=generator, dtype=torch.float64)
     value = torch.randn(steps + 1, num_envs, generator=generator, dtype=torch.float64)
     terminated = torch.rand(steps, num_envs, generator=generator) < 0.2
-    done = terminated | (torch.rand(steps, num_envs, generator=generator) < 0.2)
-    tensors = (reward, value[:-1], value[1:], terminated, done)
+    truncated = torch.rand(steps, num_envs, generator=generator) < 0.2
+    tensors = (reward, value[:-1], value[1:], terminated, truncated)
     inputs = [tensor.clone() for tensor in tensors]
     advantage = ppo.gae(*tensors, gamma, lam)
     for n in range(num_envs):
@@ -25,25 +34,25 @@ def test_gae_is_the_double_sum(seed):
                 bootstrap = 0.0 if terminated[k, n] else gamma * value[k + 1, n]
                 expected += weight * (reward[k, n] + bootstrap - value[k, n])
                 weight *= gamma * lam
-                if done[k, n]:
+                if terminated[k, n] or truncated[k, n]:
                     break
             assert advantage[t, n].item() == pytest.approx(float(expected), abs=1e-12)
     for before, after in zip(inputs, tensors):
-        assert torch.equal(before, after), "an input was written to"
+        assert torch.equal(before, after), "an input was changed in place"
 
 
 @pytest.mark.parametrize(
     "advantage, ratio, slope",
     [
         (1.0, 1.5, 0.0),
-        (-1.0, 0.5, 0.0),  # gone far enough where Â asks for it
+        (-1.0, 0.5, 0.0),  # already beyond the clip in the direction of the advantage
         (1.0, 0.5, 1.0),
         (-1.0, 1.5, 1.0),
         (1.0, 1.1, 1.0),
         (-1.0, 0.9, 1.0),
     ],
 )
-def test_clip_regions(advantage, ratio, slope):
+def test_gradient_in_each_region_of_the_clip(advantage, ratio, slope):
     old = torch.tensor([-1.0], dtype=torch.float64)
     logprob = (old + torch.tensor([ratio], dtype=torch.float64).log()).requires_grad_()
     ppo.ppo_loss(logprob, old, torch.tensor([advantage], dtype=torch.float64), 0.2).backward()
@@ -57,72 +66,139 @@ def test_at_ratio_one_the_gradient_is_the_policy_gradient():
     torch.testing.assert_close(logprob.grad, -advantage / 50)
 
 
-@pytest.mark.parametrize("num_rows", [2, 3, 5, 64, 65, 97])
-@pytest.mark.parametrize("parts", [1, 4, 32])
-def test_each_row_once_an_epoch_and_none_alone(num_rows, parts):
-    drawn = list(ppo.minibatches(num_rows, 3, parts))
-    assert all(len(rows) >= 2 for rows in drawn)
-    per_epoch = len(drawn) // 3
-    epochs = [torch.cat(drawn[i * per_epoch : (i + 1) * per_epoch]) for i in range(3)]
-    for rows in epochs:
-        assert sorted(rows.tolist()) == list(range(num_rows))
-    assert num_rows < 10 or not torch.equal(epochs[0], epochs[1]), "the order must change"
+def test_running_sums_continue_across_batches():
+    reward = torch.tensor([[1.0, 1.0], [2.0, 1.0], [0.0, 1.0], [4.0, 1.0]])
+    done = torch.tensor([[False, False], [True, False], [False, False], [False, True]])
+    last_sum = torch.tensor([10.0, 0.0])
+    sums, last = ppo.running_sums(reward, done, last_sum, 1.0)
+    assert sums[done].tolist() == [13.0, 4.0] and last.tolist() == [4.0, 0.0]
+    sums, last = ppo.running_sums(reward, done, last_sum, 0.5)
+    assert sums[:, 0].tolist() == [6.0, 5.0, 0.0, 4.0] and last.tolist() == [4.0, 0.0]
+    assert sums[:, 1].tolist() == [1.0, 1.5, 1.75, 1.875]
+    assert last_sum.tolist() == [10.0, 0.0], "an input was changed in place"
 
 
-def test_policy_change_measures_what_it_says():
-    old, new = torch.zeros(4), torch.tensor([0.0, 0.1, 0.5, -0.5])
-    kl, clipped = ppo.policy_change(new, old, 0.2)
-    assert kl.item() == pytest.approx((new.exp() - 1 - new).mean().item())
-    assert clipped.item() == 0.5
+# Distributions
+
+
+SPACES = [(Discrete(4), [4]), (MultiDiscrete([2, 5, 3]), [2, 5, 3]), (MultiBinary(2), [2, 2])]
+
+
+@pytest.mark.parametrize("space, choices", SPACES)
+def test_categorical_actions_by_enumeration(space, choices):
+    """Probabilities of all actions sum to 1, give the entropy, and are the sample frequencies."""
+    torch.manual_seed(0)
+    agent, obs = make_agent(action_space=space), torch.randn(1, 3)
+    torch.nn.init.orthogonal_(agent.actor[-1].weight, 1.0)
+    actions = torch.tensor(list(itertools.product(*map(range, choices))))
+    with torch.no_grad():
+        pi, _ = agent(obs.expand(len(actions), 3))
+        logprob = pi.log_prob(actions)
+        assert logprob.exp().sum().item() == pytest.approx(1, abs=1e-6)
+        entropy = -(logprob.exp() * logprob).sum()
+        torch.testing.assert_close(pi.entropy(), entropy.expand(len(actions)))
+        assert torch.equal(pi.mode[0], actions[logprob.argmax()])
+        drawn = agent(obs.expand(200_000, 3))[0].sample()
+    share = (drawn.unsqueeze(1) == actions).all(-1).float().mean(0)
+    torch.testing.assert_close(share, logprob.exp(), atol=0.01, rtol=0)
+
+
+def test_gaussian_actions():
+    agent, obs = make_agent(action_space=Box(-1, 1, (2,))), torch.randn(5, 3)
+    with torch.no_grad():
+        agent.log_std.copy_(torch.tensor([-1.0, 0.3]))
+        pi, value = agent(obs)
+        normal = torch.distributions.Normal(agent.actor(obs), agent.log_std.exp())
+        action = torch.randn(5, 2)
+        torch.testing.assert_close(pi.log_prob(action), normal.log_prob(action).sum(-1))
+        torch.testing.assert_close(pi.entropy(), normal.entropy().sum(-1))
+        torch.testing.assert_close(pi.mode, normal.mean)
+        assert value.shape == (5,)
+        drawn = agent(obs[:1].expand(100_000, 3))[0].sample()
+    torch.testing.assert_close(drawn.mean(0), normal.mean[0], atol=0.02, rtol=0)
+    torch.testing.assert_close(drawn.std(0), agent.log_std.exp(), atol=0.02, rtol=0)
+
+
+def test_networks_start_orthogonal():
+    """[C7]: gain √2, 0.01 and 1 for the outputs, biases 0; the CNN likewise."""
+    for shape in [(5,), (4, 84, 84)]:
+        for name, param in make_agent(shape, Discrete(3)).named_parameters():
+            if name.endswith("bias"):
+                assert not param.any()
+                continue
+            last = name.split(".")[0] in ("actor", "critic") and len(param) in (1, 3)
+            gain = (0.01 if name.startswith("actor") else 1.0) if last else 2**0.5
+            weight = param.flatten(1)
+            square = weight @ weight.T if len(weight) <= weight.shape[1] else weight.T @ weight
+            torch.testing.assert_close(square, gain**2 * torch.eye(len(square)), atol=1e-4, rtol=0)
+    assert make_agent(action_space=Box(-1, 1, (2,)), log_std=-1.5).log_std.tolist() == [-1.5, -1.5]
+
+
+def test_pixels_are_scaled_to_one():
+    agent = make_agent((4, 84, 84), Discrete(3))
+    image = torch.randint(256, (5, 4, 84, 84), dtype=torch.uint8)
+    expected = agent.critic(agent.cnn(image.float() / 255)).squeeze(-1)
+    torch.testing.assert_close(agent(image)[1], expected)
+
+
+# The update
 
 
 def make_batch(rows=64, scale=1.0):
     torch.manual_seed(0)
-    agent = ppo.Agent((3,), [2], 1)
+    agent = make_agent()
     obs, action = torch.randn(rows, 3), torch.randint(2, (rows, 1))
-    logprob, _, value = (column.detach() for column in agent(obs, action))
-    advantage, target = torch.randn(rows), torch.randn(rows) * scale
-    batch = ppo.Batch(obs, action, logprob, value, advantage, target)
+    batch = {"obs": obs, "action": action, "logprob": agent(obs)[0].log_prob(action).detach(),
+             "advantage": torch.randn(rows), "target": torch.randn(rows) * scale}
     return agent, torch.optim.Adam(agent.parameters(), lr=0.01), batch
 
 
 def run_update(agent, optimizer, batch, **flags):
-    """One update with some flags of a preset; returns its report."""
     flags = {"num_minibatches": 1, "update_epochs": 1, "ent_coef": 0.0, "clip_coef": 0.2} | flags
-    return ppo.update(agent, optimizer, batch, ppo.objective, 0.2, ppo.Args(**flags))
+    return ppo.update(agent, optimizer, batch, ppo.Args(**flags))
 
 
 def gradient(agent):
     return torch.cat([param.grad.flatten() for param in agent.parameters()])
 
 
-@pytest.mark.parametrize("clip_vloss", [False, True])
-def test_first_step_of_an_update(clip_vloss):
-    """One minibatch, one epoch: ratio 1, and all of (9) with the signs it should have."""
+def test_first_step_of_an_update():
+    """One minibatch, one epoch: ratio 1, and each term of (9) with its sign."""
     agent, optimizer, batch = make_batch()
-    report = run_update(agent, optimizer, batch, ent_coef=0.1, vf_coef=0.3, max_grad_norm=1e9,
-                        clip_vloss=clip_vloss)
-    assert report["approx_kl"] < 1e-9 and report["clip_fraction"] == 0
+    metrics = run_update(agent, optimizer, batch, ent_coef=0.1, vf_coef=0.3, max_grad_norm=1e9)
+    assert metrics["approx_kl"] < 1e-9 and metrics["clip_fraction"] == 0
     twin, _, _ = make_batch()
-    logprobs = twin.actor(batch.obs).log_softmax(-1)
+    logprobs = twin.actor(batch["obs"]).log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
     loss = (
-        -(batch.advantage * logprobs.gather(-1, batch.action).squeeze(-1)).mean()
-        + 0.3 * (twin.critic(batch.obs).squeeze(-1) - batch.target).pow(2).mean()
+        -(batch["advantage"] * logprobs.gather(-1, batch["action"]).squeeze(-1)).mean()
+        + 0.3 * (twin.critic(batch["obs"]).squeeze(-1) - batch["target"]).pow(2).mean()
         - 0.1 * entropy
     )
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(twin.parameters()))])
     torch.testing.assert_close(gradient(agent), expected, atol=1e-6, rtol=1e-4)
+    assert metrics["entropy"].item() == pytest.approx(entropy.item(), rel=1e-5)
 
 
-def test_gradient_is_clipped_as_one():
+def test_metrics_of_a_changed_policy():
+    agent, optimizer, batch = make_batch(4)
+    old = batch["logprob"] - torch.tensor([0.0, 0.1, 0.5, -0.5])
+    metrics = run_update(agent, optimizer, batch | {"logprob": old})
+    log_ratio = torch.tensor([0.0, 0.1, 0.5, -0.5])
+    expected = (log_ratio.exp() - 1 - log_ratio).mean()
+    torch.testing.assert_close(metrics["approx_kl"], expected, atol=1e-6, rtol=1e-4)
+    assert metrics["clip_fraction"].item() == 0.5
+
+
+def test_the_gradient_is_clipped_by_its_norm():
     agent, optimizer, batch = make_batch(scale=1e6)
-    run_update(agent, optimizer, batch, max_grad_norm=0.5)
+    metrics = run_update(agent, optimizer, batch, max_grad_norm=0.5)
     assert gradient(agent).norm().item() == pytest.approx(0.5, rel=1e-4)
+    assert metrics["grad_norm"] > 100, "the norm in the log is that before clipping"
 
 
 def test_gradients_do_not_add_up_over_minibatches():
-    """At learning rate 0 the last of five steps has the gradient of the first."""
+    """With learning rate 0 the last of five steps has the gradient of the first."""
     grads = []
     for epochs in (1, 5):
         agent, optimizer, batch = make_batch()
@@ -132,7 +208,21 @@ def test_gradients_do_not_add_up_over_minibatches():
     torch.testing.assert_close(*grads)
 
 
-def test_target_kl_ends_an_update_before_the_step():
+@pytest.mark.parametrize("rows", [64, 65, 97])
+def test_each_row_once_per_epoch_in_a_new_order(rows, monkeypatch):
+    agent, optimizer, batch = make_batch(rows)
+    batch["obs"] = torch.arange(rows).unsqueeze(1).expand(rows, 3).float()
+    seen, forward = [], agent.forward
+    monkeypatch.setattr(agent, "forward", lambda obs: seen.append(obs[:, 0]) or forward(obs))
+    run_update(agent, optimizer, batch, num_minibatches=4, update_epochs=3)
+    assert len(seen) == 12
+    epochs = [torch.cat(seen[i : i + 4]) for i in (0, 4, 8)]
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(rows))
+    assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
+
+
+def test_target_kl_stops_an_update_before_the_step():
     agent, optimizer, batch = make_batch()
     taken, step = [], optimizer.step
     optimizer.step = lambda: (taken.append(1), step())
@@ -142,73 +232,24 @@ def test_target_kl_ends_an_update_before_the_step():
     assert len(taken) == 51
 
 
-@pytest.mark.parametrize(
-    "value, loss, slope",
-    [
-        (0.1, 0.81, -1.8),  # within ε of the old value 0: the plain squared error to the target 1
-        (0.5, 0.64, 0.0),  # gone too far towards the target: the error of 0.2, and no slope
-        (-0.5, 2.25, -3.0),  # gone away from it: the larger error is the plain one
-    ],
-)
-def test_clipped_value_loss(value, loss, slope):
-    value = torch.tensor([value], requires_grad=True)
-    error = ppo.value_error(value, torch.zeros(1), torch.ones(1), 0.2)
-    error.backward()
-    assert error.item() == pytest.approx(loss) and value.grad.item() == pytest.approx(slope)
-    assert ppo.value_error(value, torch.zeros(1), torch.ones(1)) == (value - 1).square()
-
-
-@pytest.mark.parametrize("clip_vloss", [False, True])
-def test_the_flag_for_clipped_values_reaches_the_loss(clip_vloss):
-    agent, _, batch = make_batch()
-    part = batch._replace(value=batch.value + 5, target=batch.value - 1)
-    _, report = ppo.objective(agent, part, 0.2, clip_vloss, 0.5, 0.0)
-    assert report[1].item() == pytest.approx(5.8**2 if clip_vloss else 1.0, rel=1e-4)
-
-
-def test_advantages_are_normalised():
-    advantage = torch.randn(50, dtype=torch.float64) * 3 + 2
-    normal = ppo.normalize(advantage)
-    assert normal.mean().item() == pytest.approx(0, abs=1e-9)
-    assert normal.std().item() == pytest.approx(1, abs=1e-6)
+def test_a_gradient_that_is_not_finite_stops_before_the_step():
+    agent, optimizer, batch = make_batch()
+    before = [param.clone() for param in agent.parameters()]
+    batch["target"][0] = torch.inf
+    with pytest.raises(RuntimeError, match="non-finite"):
+        run_update(agent, optimizer, batch)
+    for old, new in zip(before, agent.parameters()):
+        assert torch.equal(old, new)
 
 
 @pytest.mark.parametrize("anneal", [True, False])
-def test_schedules_fall_linearly(anneal, monkeypatch):
-    run, clips, update = OneUpdate(updates=3), [], ppo.update
-    monkeypatch.setattr(ppo, "Run", run)
-    monkeypatch.setattr(ppo, "update", lambda *args: clips.append(args[4]) or update(*args))
+def test_the_learning_rate_decays_linearly(anneal, monkeypatch):
+    log = FakeLogger(updates=3)
+    monkeypatch.setattr(ppo, "Logger", log)
     flags = {"num_envs": 4, "num_steps": 4, "num_minibatches": 2, "total_timesteps": 64}
-    ppo.train(ppo.Args(**flags, learning_rate=0.1, anneal_lr=anneal, anneal_clip=anneal))
-    left = [1, 0.75, 0.5] if anneal else [1, 1, 1]
-    assert [means["learning_rate"] for *_, means in run.rows] == [0.1 * share for share in left]
-    assert clips == [0.2 * share for share in left]
-    assert run.parts["optimizer"].param_groups[0]["lr"] == 0.1 * left[-1]
-    assert run.parts["optimizer"].param_groups[0]["eps"] == 1e-5
-
-
-def test_sums_of_rewards_across_batches():
-    reward = torch.tensor([[1.0, 1.0], [2.0, 1.0], [0.0, 1.0], [4.0, 1.0]])
-    done = torch.tensor([[False, False], [True, False], [False, False], [False, True]])
-    sums, carried = ppo.running_sums(reward, done, torch.tensor([10.0, 0.0]), 1.0)
-    assert sums[done].tolist() == [13.0, 4.0] and carried.tolist() == [4.0, 0.0]
-    sums, carried = ppo.running_sums(reward, done, torch.tensor([10.0, 0.0]), 0.5)
-    assert sums[:, 0].tolist() == [6.0, 5.0, 0.0, 4.0] and carried.tolist() == [4.0, 0.0]
-    assert sums[:, 1].tolist() == [1.0, 1.5, 1.75, 1.875]
-
-
-def test_weights_start_orthogonal():
-    """[C7]: gain √2, the last layers 0.01 and 1; biases 0; and the CNN likewise."""
-    for shape in [(5,), (4, 84, 84)]:
-        agent = ppo.Agent(shape, [3], 1)
-        for name, param in agent.named_parameters():
-            if name.endswith("bias"):
-                assert not param.any()
-                continue
-            last = name.split(".")[0] in ("actor", "critic") and len(param) in (1, 3)
-            gain = (0.01 if name.startswith("actor") else 1.0) if last else 2**0.5
-            weight = param.flatten(1)
-            square = weight @ weight.T if len(weight) <= weight.shape[1] else weight.T @ weight
-            torch.testing.assert_close(square, gain**2 * torch.eye(len(square)), atol=1e-4, rtol=0)
-    box = ppo.Agent((5,), [], 2, log_std=-1.5)
-    assert box.log_std.tolist() == [-1.5, -1.5]
+    ppo.train(ppo.Args(**flags, learning_rate=0.1, anneal_lr=anneal))
+    rates = [0.1, 0.075, 0.05] if anneal else [0.1] * 3
+    logged = [metrics["learning_rate"].item() for *_, metrics in log.rows]
+    assert logged == pytest.approx(rates)
+    group = log.parts["optimizer"].param_groups[0]
+    assert group["lr"] == pytest.approx(rates[-1]) and group["eps"] == 1e-5

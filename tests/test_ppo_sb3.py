@@ -53,33 +53,34 @@ def test_losses_and_gradients_are_the_same(env_id, vf_coef, monkeypatch):
     peer.collect_rollouts(peer.env, callback, peer.rollout_buffer, 64)
     peer.policy.optimizer = torch.optim.SGD(peer.policy.parameters(), lr=3.0)
     monkeypatch.setattr(peer, "_update_learning_rate", lambda *args: None)
-    envs = ppo.VectorEnv(ppo.Args(env_id=env_id), 1, torch.device("cpu"))
-    agent = ppo.Agent(envs.obs_shape, envs.choices, envs.action_size)
+    envs = ppo.Envs(ppo.Args(env_id=env_id), 1, "cpu")
+    args = ppo.Args(norm_obs=False, num_minibatches=1, update_epochs=2, ent_coef=0.1,
+                    vf_coef=vf_coef, max_grad_norm=1e9, clip_coef=0.05)
+    agent = ppo.Agent(envs.obs_shape, envs.single_action_space, args)
     copy_weights(peer.policy, agent)
     buffer = peer.rollout_buffer
-    columns = [torch.tensor(array).squeeze(1) for array in (
-        buffer.observations, buffer.actions, buffer.log_probs, buffer.values, buffer.advantages,
-        buffer.returns)]
-    columns[1] = columns[1].long() if envs.choices else columns[1]
-    batch = ppo.Batch(*columns)
-    logprob, _, value = agent(batch.obs, batch.action)
-    torch.testing.assert_close(logprob, batch.logprob, atol=1e-6, rtol=0)
-    torch.testing.assert_close(value, batch.value, atol=1e-6, rtol=0)
+    batch = {name: torch.tensor(array).squeeze(1) for name, array in [
+        ("obs", buffer.observations), ("action", buffer.actions), ("logprob", buffer.log_probs),
+        ("advantage", buffer.advantages), ("target", buffer.returns)]}
+    batch["action"] = batch["action"].long() if agent.choices else batch["action"]
+    pi, value = agent(batch["obs"])
+    torch.testing.assert_close(pi.log_prob(batch["action"]), batch["logprob"], atol=1e-6, rtol=0)
+    values = torch.tensor(buffer.values).squeeze(1)
+    torch.testing.assert_close(value, values, atol=1e-6, rtol=0)
 
     logs = {}
     peer.logger.record = lambda name, value, **kwargs: logs.__setitem__(name, value)
     peer.train()
     optimizer = torch.optim.SGD(agent.parameters(), lr=3.0)
-    batch = batch._replace(advantage=ppo.normalize(batch.advantage))
-    args = ppo.Args(num_minibatches=1, update_epochs=2, ent_coef=0.1, vf_coef=vf_coef,
-                    max_grad_norm=1e9)
-    report = ppo.update(agent, optimizer, batch, ppo.objective, 0.05, args)
+    advantage = batch["advantage"]  # theirs are normalized in train(), with the unbiased std
+    batch["advantage"] = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    report = ppo.update(agent, optimizer, batch, args)
     assert report["clip_fraction"] > 0.1, "the second epoch must have something to clip"
     for ours, theirs in [("policy_loss", "policy_gradient_loss"), ("value_loss", "value_loss"),
                          ("clip_fraction", "clip_fraction"), ("approx_kl", "approx_kl")]:
         if ours != "approx_kl":  # theirs is that of the last epoch
             assert report[ours].item() == pytest.approx(logs[f"train/{theirs}"], abs=1e-6, rel=1e-5)
-    twin = ppo.Agent(envs.obs_shape, envs.choices, envs.action_size)
+    twin = ppo.Agent(envs.obs_shape, envs.single_action_space, args)
     copy_weights(peer.policy, twin)  # two steps later
     for ours, theirs in zip(agent.parameters(), twin.parameters()):
         torch.testing.assert_close(ours, theirs, atol=3e-6, rtol=1e-5)

@@ -8,7 +8,8 @@ import torch
 FAST = {
     "reinforce_baseline": {"total_timesteps": 6_000, "value_learning_rate": 3e-2, "gamma": 0.5},
     "actor_critic": {"total_timesteps": 30_000, "learning_rate": 1e-3, "gamma": 0.5},
-    "ppo": {"total_timesteps": 16_384, "gamma": 0.5, "num_envs": 16, "num_minibatches": 4},
+    "ppo": {"total_timesteps": 16_384, "gamma": 0.5, "num_envs": 16, "num_minibatches": 4,
+            "norm_obs": False, "norm_reward": False, "ent_coef": 0.0},
 }
 PLAYERS = {"reinforce": {"total_timesteps": 4_000}, **FAST}
 
@@ -20,13 +21,9 @@ def train(name, env, tmp_path, monkeypatch, **flags):
         env_id=f"toys:{env}-v0", run_dir=str(tmp_path / "run"), **(PLAYERS[name] | flags)
     )
     if name == "ppo":
-        script.train(args)
-        state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-        envs = script.VectorEnv(args, 1, torch.device("cpu"))
-        sizes = envs.obs_shape, envs.choices, envs.action_size
-        agent = script.Agent(*sizes, norm_obs=env == "Target")
-        agent.load_state_dict(state["agent"])
-        return agent.actor, agent.mode, lambda number: agent.value(torch.tensor([[number]])).item()
+        agent, _ = script.train(args)
+        return (agent.actor, lambda obs: agent(obs)[0].mode,
+                lambda number: agent(torch.tensor([[number]]))[1].item())
     values = []
     if name != "reinforce":
         kind = script.Value
@@ -88,10 +85,11 @@ def test_box_actions(name, tmp_path, monkeypatch):
     assert mode(torch.zeros(1, 1)).item() == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.parametrize("name", ["reinforce", "reinforce_baseline", "actor_critic"])
+@pytest.mark.parametrize("name", PLAYERS)
 def test_box_actions_in_a_range_far_from_zero(name, tmp_path, monkeypatch):
     """The best action is 26.5 of 16 to 30: 0.5 on the policy's scale."""
-    steps = {"reinforce": 40_000, "reinforce_baseline": 40_000, "actor_critic": 80_000}
+    steps = {"reinforce": 40_000, "reinforce_baseline": 40_000, "actor_critic": 80_000,
+             "ppo": 40_000}
     policy_mode = train(name, "FarTarget", tmp_path, monkeypatch, total_timesteps=steps[name],
                         learning_rate=1e-3 if "reinforce" in name else 3e-3)[1]
     assert policy_mode(torch.zeros(1, 1)).item() == pytest.approx(0.5, abs=0.1)

@@ -22,8 +22,7 @@ def rows(folder):
 
 def score(name, folder, **flags):
     script = importlib.import_module(name)
-    result = script.train(script.Args(run_dir=str(folder), **flags))
-    return result if name == "ppo" else result[1]
+    return script.train(script.Args(run_dir=str(folder), **flags))[1]
 
 
 @pytest.mark.slow
