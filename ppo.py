@@ -706,9 +706,9 @@ PROGRESS = ("step", "iteration", "seconds", "csv_size", "returns", "score")  # i
 
 
 if __name__ == "__main__":
-    flags = parse_args()
-    if flags.eval_only:
+    args = parse_args()
+    if args.eval_only:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
-        evaluate(flags, flags.eval_only)
+        evaluate(args, args.eval_only)
     else:
-        train(flags)
+        train(args)

@@ -69,7 +69,7 @@ def run(folder, *command):
 
 
 def test_every_change_is_tested():
-    assert set(CHANGES) == {"network", "offpolicy", "reward"}
+    assert set(CHANGES) == {"network", "offpolicy", "reward", "vclip"}
 
 
 def test_own_environment(tmp_path):
@@ -86,6 +86,24 @@ def test_own_environment(tmp_path):
 def test_own_network(tmp_path):
     script = changed("network", tmp_path)
     run(tmp_path, script, "--total-timesteps", "4096", "--run-dir", "run")
+
+
+def test_value_clipping(tmp_path):
+    """The value's gradient is 0 where it has moved towards the target by more than epsilon."""
+    script = imported(tmp_path / changed("vclip", tmp_path))
+    run(tmp_path, "ppo.py", "--total-timesteps", "4096", "--run-dir", "run")
+    agent = script.Agent((3,), gym.spaces.Discrete(2), script.Args(norm_obs=False))
+    obs, action = torch.randn(8, 3), torch.zeros(8, 1, dtype=torch.long)
+    pi, value = agent(obs)
+    batch = {"obs": obs, "action": action, "logprob": pi.log_prob(action).detach(),
+             "advantage": torch.zeros(8)}
+    for old, target, moves in ((-0.5, 0.5, False), (-0.1, 0.5, True), (-0.5, -1.5, True)):
+        shift = {"value": value.detach() + old, "target": value.detach() + target}
+        args = script.Args(num_minibatches=1, update_epochs=1, ent_coef=0.0, clip_coef=0.2)
+        optimizer = torch.optim.SGD(agent.parameters(), lr=0.0)
+        script.update(agent, optimizer, batch | shift, args)
+        gradient = torch.cat([param.grad.flatten() for param in agent.critic.parameters()])
+        assert bool(gradient.any()) == moves
 
 
 def imported(path):
@@ -169,6 +187,20 @@ def test_saved_weights_load_in_three_lines(tmp_path, monkeypatch):
     names = {"Policy": reinforce.Policy, "torch": torch, "env": env, "obs": obs}
     exec(code, names)
     assert env.action_space.contains(names["action"].item())
+
+
+def test_ppo_checkpoint_loads_as_shown(tmp_path, monkeypatch):
+    import ppo
+
+    text = (ROOT / "docs" / "copy.md").read_text()
+    code = re.search(r"<!-- example checkpoint -->\n```python\n(.*?)```", text, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    agent, _ = ppo.train(ppo.Args(total_timesteps=2_048, run_dir="runs/mine"))
+    names = {"ppo": ppo}
+    exec(code, names)
+    assert names["reward"].item() == 1
+    for old, new in zip(agent.state_dict().values(), names["agent"].state_dict().values()):
+        assert torch.equal(old, new)
 
 
 @pytest.mark.slow
