@@ -46,14 +46,14 @@ SEEDS, LINE_SEEDS = range(11, 16), range(11, 21)
 COLUMNS = ["page", "task", "choice", "seed", "score"]
 LINE_COLUMNS = ["script", "bug", "flags", "seeds", "score", "lowest", "highest"]
 CARTPOLE, LONG = "--total-timesteps 100000", "--total-timesteps 300000"
-PENDULUM = ("--env-id Pendulum-v1 --total-timesteps 200000 --num-envs 16 --num-steps 128 "
-            "--gamma 0.98 --log-std -0.5")
+PENDULUM = "--env-id Pendulum-v1 --total-timesteps 200000"
 SUMS = "--max-steps 100 --eval-every 100"
 LINE_FLAGS = {"grpo": "--max-steps 60 --eval-every 60",
               "dpo": "--max-steps 150 --eval-every 150 --train-pairs 9000"}
-TRUNCATION = ("gamma * next_value * ~terminated - value", "gamma * next_value * ~done - value")
-RESET_ROWS = ("batch = Batch(*(column[valid] for column in columns))",
-              "batch = Batch(*(column.flatten(0, 1) for column in columns))")
+TRUNCATION = ("gamma * next_value * ~terminated - value",
+              "gamma * next_value * ~(terminated | truncated) - value")
+RESET_ROWS = ('batch = {name: column[rollout["valid"]] for name, column in batch.items()}',
+              "batch = {name: column.flatten(0, 1) for name, column in batch.items()}")
 ONE_THREAD = ("import os, runpy, sys; os.cpu_count = lambda: 1; del sys.argv[0]; "
               "runpy.run_path(sys.argv[0], run_name='__main__')")
 CHOICES = [  # page, task, choice, script, flags, patch
@@ -76,8 +76,6 @@ CHOICES = [  # page, task, choice, script, flags, patch
     ("ppo", "CartPole, 100,000 steps", "as it is (default)", "ppo", CARTPOLE, None),
     ("ppo", "CartPole, 100,000 steps", "rows that only reset are kept",
      "ppo", CARTPOLE, RESET_ROWS),
-    ("ppo", "CartPole, 100,000 steps", "value clipping [C3]", "ppo", f"{CARTPOLE} --clip-vloss",
-     None),
     ("grpo", "sums, 100 batches", "advantage r − mean (default)", "grpo", SUMS, None),
     ("grpo", "sums, 100 batches", "divided by the group's std", "grpo",
      f"{SUMS} --scale-rewards group", None),

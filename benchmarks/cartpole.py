@@ -50,14 +50,14 @@ SB3_THREADS = 2  # of 1 and 2 on two cores: 4 % faster for the peer's PPO, no di
 
 SB3_SETTINGS = shlex.split(
     "--num-envs 8 --num-steps 32 --num-minibatches 1 --update-epochs 20 --gamma 0.98 "
-    "--gae-lambda 0.8 --ent-coef 0 --learning-rate 1e-3 --clip-coef 0.2 --anneal-clip "
-    "--total-timesteps 100000")
+    "--gae-lambda 0.8 --ent-coef 0 --learning-rate 1e-3 --clip-coef 0.2 --no-norm-obs "
+    "--no-norm-reward --total-timesteps 100000")  # the peer's clip range also decays, ours does not
 # CleanRL halves the squared error of the value, hence 0.25 for its 0.5. It also clips the change
 # of the value, which ppo.py does not.
 CLEANRL_SETTINGS = shlex.split(
     "--num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4 --gamma 0.99 "
     "--gae-lambda 0.95 --ent-coef 0.01 --learning-rate 2.5e-4 --clip-coef 0.2 --vf-coef 0.25 "
-    "--max-grad-norm 0.5 --total-timesteps 500000")
+    "--max-grad-norm 0.5 --no-norm-obs --no-norm-reward --total-timesteps 500000")
 EQUAL = {  # table: the flags of each contestant; the peer has its settings built in
     "sb3 settings": {"ppo": SB3_SETTINGS, "sb3-ppo": []},
     "cleanrl settings": {"ppo": CLEANRL_SETTINGS},

@@ -33,8 +33,7 @@ TASKS = [  # (what, script, flags, goal)
     ("Acrobot-v1", "actor_critic", "--num-envs 32 --learning-rate 5e-4 "
      "--value-learning-rate 2e-3 --trace-lambda 0.8", -100),
     ("Acrobot-v1", "ppo", "", -100),
-    ("Pendulum-v1", "ppo", "--num-envs 16 --num-steps 128 --gamma 0.98 --log-std -0.5 "
-     "--total-timesteps 300000", -200),
+    ("Pendulum-v1", "ppo", "--total-timesteps 300000", -200),
     ("CartPole-v1", "actor_critic", "--continuing --trace-lambda 0.8 --learning-rate 1e-3 "
      "--value-learning-rate 3e-3", 0.99),
 ]
