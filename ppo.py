@@ -8,9 +8,9 @@
 
 Play T steps in each of N environments. Estimate with a learned value function V how much better
 each action did than expected: its advantage Â. Then take several epochs of minibatch gradient steps
-on this batch. The clipped objective gives no incentive to move the probability ratio r_t outside
-1 ± ε, so that the policy stays near the one that played. Equation numbers refer to
-arXiv 1707.06347:
+on this batch. Once the ratio r_t of new to old probability of an action has left 1 ± ε in the
+direction that Â asks for, its gradient is 0. This keeps the policy near the one that played.
+Equation numbers refer to arXiv 1707.06347:
 
     r_t(θ) = π(a_t|s_t; θ) / π_old(a_t|s_t)                              (6)
     L_CLIP(θ) = E[min(r_t Â_t, clip(r_t, 1−ε, 1+ε) Â_t)]                 (7)
@@ -19,11 +19,11 @@ arXiv 1707.06347:
     δ_t = reward_t + γ V(s_{t+1}) − V(s_t)                               (12)
 
 Implementation choices:
-[C1] A terminal state has value 0. A time limit is not terminal: V of the episode's last observation
-     is added. Either way the sum (11) stops there. In Atari games a lost life also counts as
-     terminal, but the game and its return go on.
-[C2] The step after the end of an episode only resets the environment: it ignores the action and
-     returns the first observation of the next episode. It is excluded from the batch.
+[C1] In (12), V(s_{t+1}) is 0 if s_{t+1} is terminal. At a time limit it is V of the episode's last
+     observation. Either way the sum (11) stops there. In Atari games a lost life also counts as
+     terminal in (11) and (12); the logged return goes on until the game ends.
+[C2] gymnasium resets an environment in the step after the end of an episode. That step ignores the
+     action and returns the first observation of the next episode. It is excluded from the batch.
 [C3] V_target = Â + V of the network that played. The value loss is not clipped.
 [C4] Advantages are normalized over the whole batch.
 [C5] The learning rate decays linearly to 0. Adam's epsilon is 1e-5. The gradient norm is clipped.
@@ -31,14 +31,16 @@ Implementation choices:
      E[r − 1 − log r], exceeds 1.5 times this target (joschu.net/blog/kl-approx.html).
 [C7] Vectors: separate networks for π and V. Images: one CNN for both. Orthogonal initialization
      with gain √2, 0.01 for the output of π, 1 for that of V.
-[C8] --norm-obs: (obs − mean) / std over all steps so far, first over T steps that are not learned
-     from. --norm-reward: rewards / std of their running discounted sum. Both are clipped to ± 10.
+[C8] --norm-obs: (obs − mean) / std, both over all earlier batches. A first batch is only for these
+     statistics and is not learned from. --norm-reward: rewards / std of the running sums
+     R_t = reward_t + γ R_{t−1} within an episode, this batch included. Both are clipped to ± 10.
 [C9] Box actions: the environment gets the sampled action scaled from [-1, 1] to its bounds and
      clipped. log π is that of the sample.
-[C10] Under torchrun each process plays in its share of the N environments. Gradients, and all
-     statistics of the batch, are means over all processes.
+[C10] Under torchrun each process plays in its share of the N environments. Gradients are averaged
+     over the processes; means and variances are those of the rows of all processes.
 
-Shapes: T steps, N environments, M rows of a minibatch, K components of an action.
+Shapes: T steps, N environments, M rows of a minibatch, O observation size, K components of an
+action. "..." is the shape of one observation.
 
     python ppo.py --env-id CartPole-v1
 """
@@ -72,7 +74,7 @@ class Args:
 
     env_id: str = "CartPole-v1"  # gymnasium environment; "module:Env-v0" imports the module first
     seed: int = 1
-    total_timesteps: int = 200_000  # environment steps, over all processes
+    total_timesteps: int = 200_000  # steps of all environments, resets included
     learning_rate: float = 2e-3  # initial Adam step size
     anneal_lr: bool = True  # decay the learning rate linearly to 0 [C5]
     num_envs: int = 64  # N: environments, over all processes
@@ -85,9 +87,9 @@ class Args:
     ent_coef: float = 0.01  # entropy coefficient c_2
     vf_coef: float = 0.5  # value loss coefficient c_1
     max_grad_norm: float = 0.5  # clip the gradient norm to this
-    target_kl: float | None = None  # stop an update early at this KL divergence [C6]
+    target_kl: float | None = None  # stop an update at 1.5 times this KL divergence [C6]
     log_std: float = -1.0  # initial log standard deviation of Box actions
-    norm_obs: bool = True  # normalize observations; images are always divided by 255 [C8]
+    norm_obs: bool = True  # normalize vectors [C8]; images are always divided by 255
     norm_reward: bool = True  # normalize rewards [C8]
     clip_reward: bool = False  # learn from the sign of the rewards (Atari)
     async_envs: bool = False  # run each environment in its own process
@@ -115,20 +117,20 @@ PRESETS = {  # what differs from Args, by the actions and observations of the en
 def gae(reward, value, next_value, terminated, truncated, gamma, gae_lambda):
     """Compute generalized advantage estimates (T, N); all inputs are (T, N).
 
-    next_value is V of the observation that step t led to. At the end of an episode that is its last
-    observation, not the first of the next episode.
+    next_value[t] is V(s_{t+1}). If step t ended an episode, s_{t+1} is its last observation, not
+    the first one of the next episode. Rows of steps that only reset have no meaning.
     """
     delta = reward + gamma * next_value * ~terminated - value                     # (12) [C1]
     advantage = torch.zeros_like(reward)
     next_advantage = torch.zeros_like(reward[0])
     for t in reversed(range(len(reward))):
         continues = ~(terminated[t] | truncated[t])
-        next_advantage = delta[t] + gamma * gae_lambda * next_advantage * continues  # (11)
-        advantage[t] = next_advantage
+        advantage[t] = delta[t] + gamma * gae_lambda * next_advantage * continues  # (11)
+        next_advantage = advantage[t]
     return advantage
 
 
-def ppo_loss(logprob, old_logprob, advantage, clip_coef):
+def policy_loss(logprob, old_logprob, advantage, clip_coef):
     """Compute the negative clipped objective, a scalar, from tensors (M,)."""
     ratio = (logprob - old_logprob).exp()                                         # (6)
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
@@ -136,16 +138,34 @@ def ppo_loss(logprob, old_logprob, advantage, clip_coef):
 
 
 def running_sums(reward, done, last_sum, gamma):
-    """Sum up the rewards of each episode so far, with earlier rewards discounted.
+    """Compute sum_t = reward_t + gamma * sum_{t-1} within each episode, (T, N).
 
-    reward and done are (T, N). last_sum (N,) is the sum before step 0, from earlier batches.
-    Returns the sums at each step (T, N) and last_sum for the next batch (N,).
+    reward and done are (T, N). last_sum (N,) is the sum before step 0, from the last batch; the
+    second result is that for the next batch. With gamma 1 it is the episode's return so far.
     """
     sums = torch.zeros_like(reward)
     for t in range(len(reward)):
         sums[t] = reward[t] + gamma * last_sum
         last_sum = sums[t] * ~done[t]
     return sums, last_sum
+
+
+def all_reduce_mean(tensor):
+    """Replace the tensor by its mean over all processes, in place; return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def moments(rows):
+    """Return count, mean and variance of the rows (R, ...) of all processes.
+
+    The count is the average per process.
+    """
+    count = all_reduce_mean(torch.tensor(float(len(rows)), device=rows.device))
+    mean = all_reduce_mean(rows.sum(0)) / count
+    return count, mean, all_reduce_mean((rows - mean).square().sum(0)) / count
 
 
 class RunningMoments(nn.Module):
@@ -158,15 +178,15 @@ class RunningMoments(nn.Module):
         self.register_buffer("var", torch.ones(shape))
 
     def update(self, rows):
-        """Add rows (R, *shape), in each process its own."""
+        """Merge rows (R, *shape); every process must call this, each with its own rows."""
         count, mean, var = moments(rows)
         weight, delta = count / (self.count + count), mean - self.mean
-        self.var.lerp_(var, weight).add_(delta.square() * weight * (1 - weight))
-        self.mean.add_(delta * weight)
-        self.count.add_(count)
+        self.var += weight * (var - self.var) + weight * (1 - weight) * delta**2
+        self.mean += weight * delta
+        self.count += count
 
     def scale(self, x):
-        """Divide x (..., *shape) by the standard deviation; clip to ± 10."""
+        """Divide x by the standard deviation, without centering; clip to ± 10."""
         return (x / (self.var + 1e-8).sqrt()).clamp(-10, 10)                      # [C8]
 
 
@@ -194,11 +214,20 @@ def nature_cnn(channels, height, width):
     return nn.Sequential(convolutions, init_layer(nn.Linear(size, 512)), nn.ReLU())
 
 
+def num_choices(space):
+    """Return the number of choices for each component of an action; [] for Box."""
+    if isinstance(space, Discrete):
+        return [int(space.n)]
+    if isinstance(space, MultiDiscrete):
+        return space.nvec.flatten().tolist()
+    return [2] * gym.spaces.flatdim(space) if isinstance(space, MultiBinary) else []
+
+
 class MultiCategorical:
     """Independent categorical distributions, one for each of the K components of an action."""
 
     def __init__(self, logits, sizes):
-        # logits (..., sum of sizes). Validation is slow.
+        # Logits (..., sum of sizes); checking them in each step is slow.
         self.parts = [Categorical(logits=x, validate_args=False) for x in logits.split(sizes, -1)]
 
     def sample(self):
@@ -220,7 +249,8 @@ class Agent(nn.Module):
 
     def __init__(self, obs_shape, action_space, args):
         super().__init__()
-        self.choices = num_choices(action_space)  # of each component; [] for Box actions
+        # Outputs of the policy: a logit for each choice, or the mean of each Box component.
+        self.choices = num_choices(action_space)
         size = sum(self.choices) or gym.spaces.flatdim(action_space)
         self.cnn, self.obs_moments = None, None
         if len(obs_shape) == 3:
@@ -229,8 +259,8 @@ class Agent(nn.Module):
             self.critic = init_layer(nn.Linear(512, 1), 1.0)
         else:
             self.obs_moments = RunningMoments(obs_shape) if args.norm_obs else None
-            self.actor = mlp(*obs_shape, size, 0.01)
-            self.critic = mlp(*obs_shape, 1, 1.0)
+            self.actor = mlp(obs_shape[0], size, 0.01)
+            self.critic = mlp(obs_shape[0], 1, 1.0)
         self.log_std = None if self.choices else nn.Parameter(torch.full((size,), args.log_std))
 
     def forward(self, obs):
@@ -250,10 +280,15 @@ class Agent(nn.Module):
 def collect(envs, agent, obs, valid, num_steps):
     """Take num_steps steps in each environment with the current policy.
 
-    obs (N, ...) and valid (N,) come from the last call, which returns them for the next. The third
-    result is a dict: obs (T, N, ...), action (T, N, K), and logprob, value, next_value, reward,
-    terminated, truncated, done and valid (T, N). Where valid is False, the step only reset the
-    environment. done: the episode ended here, so that the next step only resets.
+    obs (N, ...) are the current observations. valid (N,) is False where the next step only resets.
+    Returns both after the last step, and a dict of obs (T, N, ...), action (T, N, K), and (T, N):
+        logprob, value: of the policy that plays
+        next_value: V(s_{t+1}), see gae
+        reward
+        terminated: s_{t+1} has value 0: the episode ended or a life was lost [C1]
+        truncated: a time limit was reached
+        done: the episode ended, so the next step only resets
+        valid: False if this step only reset the environment
     """
     steps = []
     for _ in range(num_steps):
@@ -267,7 +302,8 @@ def collect(envs, agent, obs, valid, num_steps):
         obs, valid = next_obs, ~done                                              # [C2]
     rollout = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
     _, last_value = agent(obs)
-    # As the environment resets one step later, obs[t + 1] is also the last one of an episode.
+    # The reset comes one step later [C2]. So if step t ended an episode, obs[t + 1] is its last
+    # observation, and value[t + 1] is the value needed here.
     rollout["next_value"] = torch.cat([rollout["value"][1:], last_value.unsqueeze(0)])
     return obs, valid, rollout
 
@@ -280,23 +316,23 @@ def update(agent, optimizer, batch, args):
     history = []
     for _ in range(args.update_epochs):
         permutation = torch.randperm(len(batch["obs"]), device=batch["obs"].device)
-        for rows in permutation.tensor_split(args.num_minibatches):
-            part = {name: column[rows] for name, column in batch.items()}
-            pi, value = agent(part["obs"])
-            logprob = pi.log_prob(part["action"])                                 # (M,)
-            loss_pi = ppo_loss(logprob, part["logprob"], part["advantage"], args.clip_coef)
-            loss_v = (value - part["target"]).square().mean()
+        for index in permutation.tensor_split(args.num_minibatches):
+            rows = {name: column[index] for name, column in batch.items()}
+            pi, value = agent(rows["obs"])
+            logprob = pi.log_prob(rows["action"])                                 # (M,)
+            loss_pi = policy_loss(logprob, rows["logprob"], rows["advantage"], args.clip_coef)
+            loss_v = (value - rows["target"]).square().mean()
             entropy = pi.entropy().mean()
             loss = loss_pi + args.vf_coef * loss_v - args.ent_coef * entropy      # (9), negated
             optimizer.zero_grad()
             loss.backward()
 
-            log_ratio = (logprob - part["logprob"]).detach()
+            log_ratio = (logprob - rows["logprob"]).detach()
             ratio = log_ratio.exp()
             metrics = {"policy_loss": loss_pi, "value_loss": loss_v, "entropy": entropy,
                        "approx_kl": (ratio - 1 - log_ratio).mean(),               # [C6]
                        "clip_fraction": ((ratio - 1).abs() > args.clip_coef).float().mean()}
-            metrics = {name: value.detach() for name, value in metrics.items()}
+            metrics = {name: metric.detach() for name, metric in metrics.items()}
             gradients = [param.grad for param in agent.parameters() if param.grad is not None]
             for tensor in [*gradients, *metrics.values()]:
                 all_reduce_mean(tensor)                                           # [C10]
@@ -304,7 +340,7 @@ def update(agent, optimizer, batch, args):
                 agent.parameters(), args.max_grad_norm, error_if_nonfinite=True)
             history.append(metrics)
             if args.target_kl is not None and metrics["approx_kl"] > 1.5 * args.target_kl:
-                return mean_metrics(history)                                      # [C6]
+                return mean_metrics(history)  # before the step of this minibatch  # [C6]
             optimizer.step()
     return mean_metrics(history)
 
@@ -318,12 +354,14 @@ def train(args):
     """Train an agent. Return it and the score, the mean return of the last 100 episodes."""
     rank, world_size, device = setup(args)
     envs = Envs(args, args.num_envs // world_size, device)
+    # The networks for vectors are slower with more than one thread.
+    torch.set_num_threads(1 if len(envs.obs_shape) == 1 else torch.get_num_threads())
     agent = Agent(envs.obs_shape, envs.single_action_space, args).to(device)
     reward_moments = RunningMoments(()).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)        # [C5]
+    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # lr: below [C5]
     parts = {"agent": agent, "reward_moments": reward_moments, "optimizer": optimizer}
     with Logger(args, parts) as log:
-        # Other episodes and actions in each process, and after --resume.
+        # Each process, and each resumed run, gets its own episodes and actions.
         obs = envs.reset(seed_everything(args.seed, rank, log.iteration))
         valid = torch.ones(len(obs), dtype=torch.bool, device=device)
         if agent.obs_moments and log.iteration == 0:
@@ -338,7 +376,7 @@ def train(args):
 
             obs, valid, rollout = collect(envs, agent, obs, valid, args.num_steps)
             reward, done = rollout["reward"], rollout["done"]                     # (T, N)
-            returns, episode_return = running_sums(reward, done, episode_return, 1.0)
+            return_so_far, episode_return = running_sums(reward, done, episode_return, 1.0)
             if args.norm_reward:
                 sums, discounted_return = running_sums(reward, done, discounted_return, args.gamma)
                 reward_moments.update(sums[rollout["valid"]])
@@ -354,10 +392,10 @@ def train(args):
             _, _, target_var = moments(batch["target"])
             batch["advantage"] = (batch["advantage"] - mean) / (var.sqrt() + 1e-8)  # [C4]
             metrics = update(agent, optimizer, batch, args)
-            if agent.obs_moments:  # after the update, as π_old saw the old mean and std
+            if agent.obs_moments:  # not before the update: the stored log π has the old statistics
                 agent.obs_moments.update(batch["obs"])
-            log.write(args.num_envs * args.num_steps, all_gather(returns[done]), **metrics,
-                      explained_variance=1 - var / (target_var + 1e-8),
+            log.write(args.num_envs * args.num_steps, all_gather(return_so_far[done]), **metrics,
+                      explained_variance=1 - var / target_var,  # the advantage is target − V
                       learning_rate=args.learning_rate * remaining)
     envs.close()
     if dist.is_initialized():
@@ -384,6 +422,7 @@ def default_args(env_id, **overrides):
 
 def parse_args():
     """Parse the command line; the defaults depend on the environment, or on the run to continue."""
+    # A first pass finds the environment or the folder; --help is left to the second pass.
     given = tyro.cli(Args, args=[arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
     folder = given.resume or given.eval_only
     if not folder:
@@ -409,11 +448,11 @@ def setup(args):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         rank, world_size = dist.get_rank(), dist.get_world_size()
-    # Episodes may last one step each. Then every second row is valid. A minibatch needs two rows.
-    rows = args.num_envs // world_size * (args.num_steps // 2)
-    if args.num_envs % world_size or rows < 2 * args.num_minibatches:
-        raise SystemExit(f"--num-envs {args.num_envs}: not divisible by {world_size} processes, or "
-                         "with --num-steps too small for --num-minibatches")
+    if args.num_envs % world_size:
+        raise SystemExit(f"--num-envs {args.num_envs}: not divisible by {world_size} processes")
+    # If all episodes last one step, every second step only resets.
+    if args.num_envs // world_size * (args.num_steps // 2) < args.num_minibatches:
+        raise SystemExit(f"--num-minibatches {args.num_minibatches}: too many for the batch")
     torch.manual_seed(args.seed)  # the same weights in all processes
     return rank, world_size, device
 
@@ -427,14 +466,6 @@ def seed_everything(*numbers):
     return seed
 
 
-def all_reduce_mean(tensor):
-    """Replace the tensor by its mean over all processes, in place; return it."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
-    return tensor
-
-
 def all_gather(values):
     """Return the values (R,) of all processes as a list."""
     if not dist.is_initialized():
@@ -444,28 +475,12 @@ def all_gather(values):
     return [value for part in parts for value in part]
 
 
-def moments(rows):
-    """Return count, mean and variance of rows (R, ...) over all processes; count is per process."""
-    count = all_reduce_mean(torch.tensor(float(len(rows)), device=rows.device))
-    mean = all_reduce_mean(rows.sum(0)) / count
-    return count, mean, all_reduce_mean((rows - mean).square().sum(0)) / count
-
-
-def num_choices(space):
-    """Return the number of choices for each component of an action; [] for Box."""
-    if isinstance(space, Discrete):
-        return [int(space.n)]
-    if isinstance(space, MultiDiscrete):
-        return space.nvec.flatten().tolist()
-    return [2] * gym.spaces.flatdim(space) if isinstance(space, MultiBinary) else []
-
-
 class Envs(gym.vector.VectorWrapper):
     """N environments with tensors in and out; exits if their spaces are not supported."""
 
     def __init__(self, args, num_envs, device, video_dir=None):
         super().__init__(make_envs(args, num_envs, video_dir))
-        self.device, self.is_atari = device, "ALE/" in args.env_id
+        self.device, self.is_atari = device, self.spec.namespace == "ALE"
         obs_space, action_space = self.single_observation_space, self.single_action_space
         float_box = isinstance(action_space, Box) and action_space.dtype.kind == "f"
         if not isinstance(obs_space, Box) or not (float_box or num_choices(action_space)):
@@ -474,8 +489,6 @@ class Envs(gym.vector.VectorWrapper):
         if self.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
             raise SystemExit(f"--env-id {args.env_id}: needs autoreset mode NEXT_STEP")
         self.obs_shape, self.channels_last = image_layout(obs_space)
-        if len(self.obs_shape) == 1:
-            torch.set_num_threads(1)  # the networks for vectors are slower with two
 
     def reset(self, seed=None):
         """Start new episodes; return the observations (N, ...)."""
@@ -512,7 +525,7 @@ class Envs(gym.vector.VectorWrapper):
         if not isinstance(space, Box):
             return (action + getattr(space, "start", 0)).astype(space.dtype)
         bounded = np.maximum(-space.low, space.high).astype(np.float64) <= 1e6
-        # low = -1 and high = 1 leave the action as it is
+        # Other bounds are replaced by -1 and 1, which leave the action as it is.
         low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
         action = (high + low) / 2 + (high - low) / 2 * action                     # [C9]
         return action.astype(space.dtype).clip(space.low, space.high)
@@ -521,30 +534,33 @@ class Envs(gym.vector.VectorWrapper):
 def make_envs(args, num_envs, video_dir):
     """Return gymnasium's vector environment; with video_dir, record the first episode there."""
     module, _, env_id = args.env_id.rpartition(":")
-    if module or env_id.startswith("ALE/"):
-        importlib.import_module(module or "ale_py")  # registers its environments
     try:
+        if module or env_id.startswith("ALE/"):
+            importlib.import_module(module or "ale_py")  # registers its environments
         spec = gym.spec(env_id)
         native = spec.vector_entry_point and not args.async_envs and not video_dir
         kwargs = {"render_mode": "rgb_array"} if video_dir else {}
-        if spec.namespace == "ALE":  # native: raw rewards, no FIRE at a reset, as in wrap_env
+        if spec.namespace == "ALE":  # native: as wrap_env; wrapped: AtariPreprocessing skips frames
             native_kwargs = {"reward_clipping": False, "use_fire_reset": False}
             kwargs |= native_kwargs if native else {"frameskip": 1}
         if not native:
             kwargs |= {"vectorization_mode": "async" if args.async_envs else "sync",
                        "wrappers": [lambda env: wrap_env(env, video_dir)]}
         return gym.make_vec(spec, num_envs, **kwargs)
-    except (gym.error.UnregisteredEnv, gym.error.DependencyNotInstalled) as error:
+    except (gym.error.Error, ModuleNotFoundError) as error:
         raise SystemExit(f"--env-id {args.env_id}: {error}") from error
 
 
 def wrap_env(env, video_dir):
-    """Wrap one environment: video, Atari preprocessing, Dict and other observations as one Box."""
+    """Wrap one environment: video, Atari preprocessing, observations as one Box, a time limit.
+
+    Without a limit an episode, and so an evaluation, might never end.
+    """
     if video_dir:
         env = gym.wrappers.RecordVideo(env, video_dir, lambda episode: episode == 0)
     if env.spec.namespace == "ALE":
         env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
-    if env.spec.max_episode_steps is None:  # longer than the longest Atari game
+    if env.spec.max_episode_steps is None:  # 30,000 is more than any Atari game takes
         env = gym.wrappers.TimeLimit(env, 30_000)
     space = numeric_part(env.observation_space)
     if isinstance(space, Dict) and len(space) == 1:  # the only part may be an image
@@ -577,7 +593,7 @@ def image_layout(space):
     """
     shape = space.shape
     if len(shape) in (2, 3, 4):
-        last = len(shape) > 2 and shape[-1] == min(shape[-3:])
+        last = len(shape) > 2 and shape[-1] == min(shape[-3:])  # few channels, many pixels
         height, width = shape[-3:-1] if last else shape[-2:]
         pixels = space.dtype == np.uint8 and space.low.min() == 0 and space.high.max() == 255
         if pixels and min(height, width) >= 36:
@@ -599,7 +615,7 @@ def evaluate(args, folder):
     envs = Envs(args, num_envs, args.device, video_dir=str(folder) if args.video else None)
     agent = Agent(envs.obs_shape, envs.single_action_space, args).to(args.device)
     agent.load_state_dict(load_checkpoint(folder)["agent"])
-    # A seed far from those of training, so that the episodes are new.
+    # Training seeds are hashes, so this one is almost surely another.
     obs, returns = envs.reset(args.seed + 2**30), []
     while len(returns) < num_episodes:
         running = torch.ones(num_envs, dtype=torch.bool, device=args.device)
@@ -617,6 +633,9 @@ def evaluate(args, folder):
 def load_checkpoint(folder):
     """Load what Logger.save wrote; weights_only, so that a stranger's file cannot run code."""
     return torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
+
+
+PROGRESS = ("step", "iteration", "seconds", "csv_size", "returns", "score")  # in a checkpoint
 
 
 class Logger:
@@ -638,7 +657,7 @@ class Logger:
             vars(self).update(saved["progress"])
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-        elif self.is_main and (self.dir / "metrics.csv").exists():
+        elif self.is_main and (self.dir / "checkpoint.pt").exists():
             raise SystemExit(f"--run-dir {self.dir}: holds a run already; choose another folder")
         self.start = time.perf_counter() - self.seconds
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps",
@@ -702,12 +721,10 @@ class Logger:
             raise SystemExit(130)
 
 
-PROGRESS = ("step", "iteration", "seconds", "csv_size", "returns", "score")  # in a checkpoint
-
-
 if __name__ == "__main__":
     args = parse_args()
     if args.eval_only:
+        setup(args)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
         evaluate(args, args.eval_only)
     else:
