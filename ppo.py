@@ -32,15 +32,15 @@ Implementation choices:
 [C7] Vectors: separate networks for π and V. Images: one CNN for both. Orthogonal initialization
      with gain √2, 0.01 for the output of π, 1 for that of V.
 [C8] --norm-obs: (obs − mean) / std, both over all earlier batches. A first batch is only for these
-     statistics and is not learned from. --norm-reward: rewards / std of the running sums
+     statistics: it is not learned from, logged or counted. --norm-reward: rewards / std of the sums
      R_t = reward_t + γ R_{t−1} within an episode, this batch included. Both are clipped to ± 10.
-[C9] Box actions: the environment gets the sampled action scaled from [-1, 1] to its bounds and
-     clipped. log π is that of the sample.
+[C9] Box actions: the environment gets the sampled action scaled from [-1, 1] to its bounds, if they
+     are finite, and clipped. log π is that of the sample.
 [C10] Under torchrun each process plays in its share of the N environments. Gradients are averaged
      over the processes; means and variances are those of the rows of all processes.
 
-Shapes: T steps, N environments, M rows of a minibatch, O observation size, K components of an
-action. "..." is the shape of one observation.
+Shapes: T steps, N environments (of this process), M rows of a minibatch, O observation size, K
+components of an action, R any number of rows.
 
     python ppo.py --env-id CartPole-v1
 """
@@ -70,7 +70,7 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Args:
-    """The defaults are those of the preset "discrete"; see PRESETS."""
+    """The defaults are the preset "discrete"; default_args returns those of an environment."""
 
     env_id: str = "CartPole-v1"  # gymnasium environment; "module:Env-v0" imports the module first
     seed: int = 1
@@ -114,23 +114,23 @@ PRESETS = {  # what differs from Args, by the actions and observations of the en
 }
 
 
-def gae(reward, value, next_value, terminated, truncated, gamma, gae_lambda):
+def gae(reward, value, next_value, terminal, truncated, gamma, gae_lambda):
     """Compute generalized advantage estimates (T, N); all inputs are (T, N).
 
     next_value[t] is V(s_{t+1}). If step t ended an episode, s_{t+1} is its last observation, not
     the first one of the next episode. Rows of steps that only reset have no meaning.
     """
-    delta = reward + gamma * next_value * ~terminated - value                     # (12) [C1]
+    delta = reward + gamma * next_value * ~terminal - value                       # (12) [C1]
     advantage = torch.zeros_like(reward)
     next_advantage = torch.zeros_like(reward[0])
     for t in reversed(range(len(reward))):
-        continues = ~(terminated[t] | truncated[t])
+        continues = ~(terminal[t] | truncated[t])
         advantage[t] = delta[t] + gamma * gae_lambda * next_advantage * continues  # (11)
         next_advantage = advantage[t]
     return advantage
 
 
-def policy_loss(logprob, old_logprob, advantage, clip_coef):
+def ppo_loss(logprob, old_logprob, advantage, clip_coef):
     """Compute the negative clipped objective, a scalar, from tensors (M,)."""
     ratio = (logprob - old_logprob).exp()                                         # (6)
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
@@ -140,8 +140,8 @@ def policy_loss(logprob, old_logprob, advantage, clip_coef):
 def running_sums(reward, done, last_sum, gamma):
     """Compute sum_t = reward_t + gamma * sum_{t-1} within each episode, (T, N).
 
-    reward and done are (T, N). last_sum (N,) is the sum before step 0, from the last batch; the
-    second result is that for the next batch. With gamma 1 it is the episode's return so far.
+    reward and done are (T, N), last_sum (N,) is the sum before step 0. Returns the sums and the
+    last_sum for the next batch. With gamma 1 a sum is the return of the episode so far.
     """
     sums = torch.zeros_like(reward)
     for t in range(len(reward)):
@@ -159,9 +159,9 @@ def all_reduce_mean(tensor):
 
 
 def moments(rows):
-    """Return count, mean and variance of the rows (R, ...) of all processes.
+    """Return rows per process, and mean and variance of the rows (R, ...) of all processes.
 
-    The count is the average per process.
+    All three are made from sums divided by the number of processes, which cancels in the last two.
     """
     count = all_reduce_mean(torch.tensor(float(len(rows)), device=rows.device))
     mean = all_reduce_mean(rows.sum(0)) / count
@@ -280,12 +280,12 @@ class Agent(nn.Module):
 def collect(envs, agent, obs, valid, num_steps):
     """Take num_steps steps in each environment with the current policy.
 
-    obs (N, ...) are the current observations. valid (N,) is False where the next step only resets.
-    Returns both after the last step, and a dict of obs (T, N, ...), action (T, N, K), and (T, N):
+    obs (N, ...) are the current observations. valid (N,) is False where the first step only resets.
+    Returns both for the next call, and a dict of obs (T, N, ...), action (T, N, K), and (T, N):
         logprob, value: of the policy that plays
         next_value: V(s_{t+1}), see gae
-        reward
-        terminated: s_{t+1} has value 0: the episode ended or a life was lost [C1]
+        reward: 0 if the step only reset
+        terminal: s_{t+1} has value 0, as the task ended or a life was lost [C1]
         truncated: a time limit was reached
         done: the episode ended, so the next step only resets
         valid: False if this step only reset the environment
@@ -297,7 +297,7 @@ def collect(envs, agent, obs, valid, num_steps):
         next_obs, reward, terminated, truncated, life_lost = envs.step(action)
         done = terminated | truncated
         steps.append({"obs": obs, "action": action, "logprob": pi.log_prob(action), "value": value,
-                      "reward": reward * valid, "terminated": terminated | life_lost,  # [C1]
+                      "reward": reward * valid, "terminal": terminated | life_lost,  # [C1]
                       "truncated": truncated, "done": done, "valid": valid})
         obs, valid = next_obs, ~done                                              # [C2]
     rollout = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
@@ -320,7 +320,7 @@ def update(agent, optimizer, batch, args):
             rows = {name: column[index] for name, column in batch.items()}
             pi, value = agent(rows["obs"])
             logprob = pi.log_prob(rows["action"])                                 # (M,)
-            loss_pi = policy_loss(logprob, rows["logprob"], rows["advantage"], args.clip_coef)
+            loss_pi = ppo_loss(logprob, rows["logprob"], rows["advantage"], args.clip_coef)
             loss_v = (value - rows["target"]).square().mean()
             entropy = pi.entropy().mean()
             loss = loss_pi + args.vf_coef * loss_v - args.ent_coef * entropy      # (9), negated
@@ -365,9 +365,9 @@ def train(args):
         obs = envs.reset(seed_everything(args.seed, rank, log.iteration))
         valid = torch.ones(len(obs), dtype=torch.bool, device=device)
         if agent.obs_moments and log.iteration == 0:
-            obs, valid, rollout = collect(envs, agent, obs, valid, args.num_steps)
+            *_, rollout = collect(envs, agent, obs, valid, args.num_steps)
             agent.obs_moments.update(rollout["obs"][rollout["valid"]])            # [C8]
-            obs, valid = envs.reset(), torch.ones_like(valid)
+            obs = envs.reset()  # new episodes, as the returns of these are not recorded
         episode_return = torch.zeros(len(obs), device=device)
         discounted_return = torch.zeros(len(obs), device=device)
         while log.step < args.total_timesteps and not log.reached(args.stop_at):
@@ -383,19 +383,19 @@ def train(args):
                 reward = reward_moments.scale(reward)                             # [C8]
             if args.clip_reward:
                 reward = reward.sign()
-            advantage = gae(reward, rollout["value"], rollout["next_value"], rollout["terminated"],
+            advantage = gae(reward, rollout["value"], rollout["next_value"], rollout["terminal"],
                             rollout["truncated"], args.gamma, args.gae_lambda)
             batch = {name: rollout[name] for name in ("obs", "action", "logprob")}
             batch |= {"advantage": advantage, "target": advantage + rollout["value"]}  # [C3]
             batch = {name: column[rollout["valid"]] for name, column in batch.items()}  # [C2]
-            _, mean, var = moments(batch["advantage"])
+            _, mean, advantage_var = moments(batch["advantage"])
             _, _, target_var = moments(batch["target"])
-            batch["advantage"] = (batch["advantage"] - mean) / (var.sqrt() + 1e-8)  # [C4]
+            batch["advantage"] = (batch["advantage"] - mean) / (advantage_var.sqrt() + 1e-8)  # [C4]
             metrics = update(agent, optimizer, batch, args)
-            if agent.obs_moments:  # not before the update: the stored log π has the old statistics
+            if agent.obs_moments:  # earlier, the ratios of the update would not start at 1
                 agent.obs_moments.update(batch["obs"])
             log.write(args.num_envs * args.num_steps, all_gather(return_so_far[done]), **metrics,
-                      explained_variance=1 - var / target_var,  # the advantage is target − V
+                      explained_variance=1 - advantage_var / target_var,  # Â is V_target − V
                       learning_rate=args.learning_rate * remaining)
     envs.close()
     if dist.is_initialized():
@@ -450,9 +450,9 @@ def setup(args):
         rank, world_size = dist.get_rank(), dist.get_world_size()
     if args.num_envs % world_size:
         raise SystemExit(f"--num-envs {args.num_envs}: not divisible by {world_size} processes")
-    # If all episodes last one step, every second step only resets.
+    # At worst every second step only resets. Each minibatch needs a row.
     if args.num_envs // world_size * (args.num_steps // 2) < args.num_minibatches:
-        raise SystemExit(f"--num-minibatches {args.num_minibatches}: too many for the batch")
+        raise SystemExit(f"--num-minibatches {args.num_minibatches}: the batch is too small")
     torch.manual_seed(args.seed)  # the same weights in all processes
     return rank, world_size, device
 
@@ -517,8 +517,9 @@ class Envs(gym.vector.VectorWrapper):
     def to_env_action(self, action):
         """Convert sampled actions to what the environments expect.
 
-        Discrete actions count from space.start. Box actions are scaled from [-1, 1] to the bounds,
-        then clipped. Dimensions with a bound that is infinite, or beyond 1e6, are not scaled.
+        Discrete and MultiDiscrete actions count from space.start. Box actions are scaled from
+        [-1, 1] to the bounds, then clipped. Dimensions with a bound that is infinite, or beyond
+        1e6, are not scaled.
         """
         space = self.single_action_space
         action = action.cpu().numpy().reshape(-1, *space.shape)
@@ -540,7 +541,7 @@ def make_envs(args, num_envs, video_dir):
         spec = gym.spec(env_id)
         native = spec.vector_entry_point and not args.async_envs and not video_dir
         kwargs = {"render_mode": "rgb_array"} if video_dir else {}
-        if spec.namespace == "ALE":  # native: as wrap_env; wrapped: AtariPreprocessing skips frames
+        if spec.namespace == "ALE":  # both kinds alike: raw rewards, no FIRE, 4 frames per step
             native_kwargs = {"reward_clipping": False, "use_fire_reset": False}
             kwargs |= native_kwargs if native else {"frameskip": 1}
         if not native:
@@ -573,7 +574,10 @@ def wrap_env(env, video_dir):
 
 
 def numeric_part(space):
-    """Return the space without the parts of Dicts that are no numbers; None if nothing is left."""
+    """Return the space without the parts of Dicts that have no numbers; None if nothing is left.
+
+    A Tuple is left out as a whole if one of its parts has none.
+    """
     if isinstance(space, Dict):
         parts = {key: numeric_part(part) for key, part in space.items()}
         for key in [key for key in parts if parts[key] is None]:

@@ -50,8 +50,8 @@ PENDULUM = "--env-id Pendulum-v1 --total-timesteps 200000"
 SUMS = "--max-steps 100 --eval-every 100"
 LINE_FLAGS = {"grpo": "--max-steps 60 --eval-every 60",
               "dpo": "--max-steps 150 --eval-every 150 --train-pairs 9000"}
-TRUNCATION = ("gamma * next_value * ~terminated - value",
-              "gamma * next_value * ~(terminated | truncated) - value")
+TRUNCATION = ("gamma * next_value * ~terminal - value",
+              "gamma * next_value * ~(terminal | truncated) - value")
 RESET_ROWS = ('batch = {name: column[rollout["valid"]] for name, column in batch.items()}',
               "batch = {name: column.flatten(0, 1) for name, column in batch.items()}")
 ONE_THREAD = ("import os, runpy, sys; os.cpu_count = lambda: 1; del sys.argv[0]; "

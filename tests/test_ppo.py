@@ -56,14 +56,14 @@ def test_gradient_in_each_region_of_the_clip(advantage, ratio, slope):
     old = torch.tensor([-1.0], dtype=torch.float64)
     logprob = (old + torch.tensor([ratio], dtype=torch.float64).log()).requires_grad_()
     advantages = torch.tensor([advantage], dtype=torch.float64)
-    ppo.policy_loss(logprob, old, advantages, 0.2).backward()
+    ppo.ppo_loss(logprob, old, advantages, 0.2).backward()
     assert logprob.grad.item() == pytest.approx(-slope * ratio * advantage)
 
 
 def test_at_ratio_one_the_gradient_is_the_policy_gradient():
     logprob = torch.randn(50, dtype=torch.float64, requires_grad=True)
     advantage = torch.randn(50, dtype=torch.float64)
-    ppo.policy_loss(logprob, logprob.detach(), advantage, 0.2).backward()
+    ppo.ppo_loss(logprob, logprob.detach(), advantage, 0.2).backward()
     torch.testing.assert_close(logprob.grad, -advantage / 50)
 
 

@@ -134,7 +134,7 @@ def test_missing_device():
 def test_batches_that_are_too_small():
     assert "--num-minibatches" in refused("--num-envs", 1, "--num-steps", 16,
                                           "--num-minibatches", 9)
-    assert "--num-steps" in refused("--num-steps", 1)
+    assert "too small" in refused("--num-steps", 1)
 
 
 def test_a_run_is_not_overwritten(tmp_path):

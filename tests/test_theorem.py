@@ -289,7 +289,7 @@ def test_the_clipped_objective_is_a_lower_bound():
     draw = torch.Generator().manual_seed(0)
     logprob, advantage = (torch.randn(1000, generator=draw) for _ in range(2))
     plain = logprob.exp() * advantage
-    clipped = torch.stack([-ppo.policy_loss(one[None], torch.zeros(1), a[None], 0.2)
+    clipped = torch.stack([-ppo.ppo_loss(one[None], torch.zeros(1), a[None], 0.2)
                            for one, a in zip(logprob, advantage)])
     assert (clipped <= plain + 1e-6).all() and (clipped < plain - 0.1).any()
 
