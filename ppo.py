@@ -37,12 +37,14 @@ Implementation choices:
 [C9] Box actions: the environment gets the sampled action scaled from [-1, 1] to its bounds, if they
      are finite, and clipped. log π is that of the sample.
 [C10] Under torchrun each process plays in its share of the N environments. Gradients are averaged
-     over the processes; means and variances are those of the rows of all processes.
+     over the processes. Means and variances [C4] [C8] are those of the rows of all processes.
 
 Shapes: T steps, N environments (of this process), M rows of a minibatch, O observation size, K
 components of an action, R any number of rows.
 
     python ppo.py --env-id CartPole-v1
+
+Results, ten seeds, no further flags: interquartile mean of the score (lowest), seconds:
 """
 
 import copy
@@ -65,6 +67,7 @@ import tyro
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 
@@ -311,7 +314,7 @@ def collect(envs, agent, obs, valid, num_steps):
 def update(agent, optimizer, batch, args):
     """Take up to update_epochs * num_minibatches gradient steps on the batch, a dict of rows.
 
-    Returns the mean of each metric over the minibatches.
+    Returns the mean of each metric over the minibatches, of this process except for approx_kl.
     """
     history = []
     for _ in range(args.update_epochs):
@@ -333,9 +336,7 @@ def update(agent, optimizer, batch, args):
                        "approx_kl": (ratio - 1 - log_ratio).mean(),               # [C6]
                        "clip_fraction": ((ratio - 1).abs() > args.clip_coef).float().mean()}
             metrics = {name: metric.detach() for name, metric in metrics.items()}
-            gradients = [param.grad for param in agent.parameters() if param.grad is not None]
-            for tensor in [*gradients, *metrics.values()]:
-                all_reduce_mean(tensor)                                           # [C10]
+            all_reduce_mean(metrics["approx_kl"])  # all processes stop at the same minibatch
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(                      # [C5]
                 agent.parameters(), args.max_grad_norm, error_if_nonfinite=True)
             history.append(metrics)
@@ -360,6 +361,8 @@ def train(args):
     reward_moments = RunningMoments(()).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # lr: below [C5]
     parts = {"agent": agent, "reward_moments": reward_moments, "optimizer": optimizer}
+    # With several processes, backward() averages their gradients [C10].
+    learner = DistributedDataParallel(agent, broadcast_buffers=False) if world_size > 1 else agent
     with Logger(args, parts) as log:
         # Each process, and each resumed run, gets its own episodes and actions.
         obs = envs.reset(seed_everything(args.seed, rank, log.iteration))
@@ -381,8 +384,7 @@ def train(args):
                 sums, discounted_return = running_sums(reward, done, discounted_return, args.gamma)
                 reward_moments.update(sums[rollout["valid"]])
                 reward = reward_moments.scale(reward)                             # [C8]
-            if args.clip_reward:
-                reward = reward.sign()
+            reward = reward.sign() if args.clip_reward else reward
             advantage = gae(reward, rollout["value"], rollout["next_value"], rollout["terminal"],
                             rollout["truncated"], args.gamma, args.gae_lambda)
             batch = {name: rollout[name] for name in ("obs", "action", "logprob")}
@@ -391,7 +393,7 @@ def train(args):
             _, mean, advantage_var = moments(batch["advantage"])
             _, _, target_var = moments(batch["target"])
             batch["advantage"] = (batch["advantage"] - mean) / (advantage_var.sqrt() + 1e-8)  # [C4]
-            metrics = update(agent, optimizer, batch, args)
+            metrics = update(learner, optimizer, batch, args)
             if agent.obs_moments:  # earlier, the ratios of the update would not start at 1
                 agent.obs_moments.update(batch["obs"])
             log.write(args.num_envs * args.num_steps, all_gather(return_so_far[done]), **metrics,

@@ -134,16 +134,28 @@ def expected(name):
                f"{statistics.median(steps):,.0f} steps, {statistics.median(seconds):.0f} s")
 
 
+def expected_of_ppo():
+    """Lines for the docstring of ppo.py, from ppo.csv."""
+    rows = ppo.read("ppo.csv")
+    for task, flags, *_ in ppo.TASKS:
+        runs = [row for row in rows if (row["task"], row["flags"]) == (task, flags)]
+        if len(runs) == 10:
+            scores = [float(row["score"]) for row in runs]
+            seconds = statistics.median(float(row["seconds"]) for row in runs)
+            yield (f"    {task}, {int(runs[0]['steps']):,} steps: {ppo.interval(scores)[0]:,.0f} "
+                   f"({min(scores):,.0f}), {seconds:.0f} s")
+
+
 def with_results(name, source):
     """The source of a script with today's results in its docstring."""
-    lines = "\n".join(expected(name))
+    lines = "\n".join(expected_of_ppo() if name == "ppo" else expected(name))
     pattern = r'(\nResults, ten seeds.*:\n)[^"]*"""'
     return re.sub(pattern, rf'\g<1>{lines}\n"""', source, count=1)
 
 
 def main():
     texts = {ROOT / "README.md": render((ROOT / "README.md").read_text())}
-    for name in ("reinforce", "reinforce_baseline", "actor_critic"):
+    for name in ("reinforce", "reinforce_baseline", "actor_critic", "ppo"):
         path = ROOT / f"{name}.py"
         texts[path] = with_results(name, path.read_text())
     for path, text in texts.items():
