@@ -85,7 +85,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalized advantage estimation
     num_minibatches: int = 8  # minibatches per epoch
-    update_epochs: int = 4  # epochs over each batch
+    update_epochs: int = 3  # epochs over each batch
     clip_coef: float = 0.2  # clip range epsilon
     ent_coef: float = 0.01  # entropy coefficient c_2
     vf_coef: float = 0.5  # value loss coefficient c_1
@@ -112,7 +112,8 @@ PRESETS = {  # what differs from Args, by the actions and observations of the en
     "continuous": {"total_timesteps": 1_000_000, "learning_rate": 1e-3, "num_envs": 8,
                    "num_steps": 256, "update_epochs": 10, "ent_coef": 0.0},
     "image": {"total_timesteps": 10_000_000, "learning_rate": 2.5e-4, "num_envs": 8,
-              "num_steps": 128, "num_minibatches": 4, "clip_coef": 0.1, "norm_reward": False,
+              "num_steps": 128, "num_minibatches": 4, "update_epochs": 4, "clip_coef": 0.1,
+              "norm_reward": False,
               "device": "cuda" if torch.cuda.is_available() else "cpu"},
 }
 
