@@ -45,6 +45,11 @@ components of an action, R any number of rows.
     python ppo.py --env-id CartPole-v1
 
 Results, ten seeds, no further flags: interquartile mean of the score (lowest), seconds:
+    CartPole-v1, 200,704 steps: 500 (500), 5 s
+    Acrobot-v1, 200,704 steps: -83 (-87), 11 s
+    MountainCar-v0, 1,001,472 steps: -107 (-110), 30 s
+    LunarLander-v3, 1,001,472 steps: 269 (250), 51 s
+    Pendulum-v1, 301,056 steps: -156 (-196), 25 s
 """
 
 import copy
