@@ -57,7 +57,6 @@ import importlib
 import json
 import os
 import random
-import signal
 import sys
 import time
 import warnings
@@ -114,8 +113,9 @@ class Args:
 
 PRESETS = {  # what differs from Args, by the actions and observations of the environment
     "discrete": {},
-    "continuous": {"total_timesteps": 1_000_000, "learning_rate": 1e-3, "num_envs": 8,
-                   "num_steps": 256, "update_epochs": 10, "ent_coef": 0.0},
+    "continuous": {"total_timesteps": 1_000_000, "learning_rate": 3e-4, "num_envs": 8,
+                   "num_steps": 256, "gae_lambda": 0.9, "num_minibatches": 32,
+                   "update_epochs": 10, "ent_coef": 0.0, "log_std": -0.5},
     "image": {"total_timesteps": 10_000_000, "learning_rate": 2.5e-4, "num_envs": 8,
               "num_steps": 128, "num_minibatches": 4, "update_epochs": 4, "clip_coef": 0.1,
               "norm_reward": False,
@@ -557,6 +557,8 @@ def make_envs(args, num_envs, video_dir):
                        "wrappers": [lambda env: wrap_env(env, video_dir)]}
         return gym.make_vec(spec, num_envs, **kwargs)
     except (gym.error.Error, ModuleNotFoundError) as error:
+        if getattr(error, "name", module) not in (module, "ale_py"):  # an import in the user's code
+            raise
         raise SystemExit(f"--env-id {args.env_id}: {error}") from error
 
 
@@ -737,7 +739,6 @@ if __name__ == "__main__":
     args = parse_args()
     if args.eval_only:
         setup(args)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
         evaluate(args, args.eval_only)
     else:
         train(args)
