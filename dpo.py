@@ -5,638 +5,361 @@
 #     "safetensors[numpy]==0.8.0", "huggingface-hub==2.4.0", "jinja2==3.1.6",
 # ]
 # ///
-"""DPO: learn from pairs of a better and a worse answer, with no reward model and no sampling.
+"""DPO: direct preference optimization for language models (Rafailov et al., 2023).
 
-The policy that has the most reward at a given distance from π_ref is π* ∝ π_ref exp(r / β) (4).
-So every policy is the best one for some reward, R = β log π/π_ref, and pairs of answers, y_w better
-than y_l, teach R by classification. Rafailov et al. (2023), arXiv 2305.18290:
+The data are pairs of a better answer y_w (chosen) and a worse answer y_l (rejected) to a prompt x.
+Among all policies that stay near a reference π_ref, the one with the highest reward r is known in
+closed form (4). Read backwards, each policy π is the best one for the reward r̂ = β log π/π_ref, up
+to a term that only depends on x. DPO trains π such that r̂ is higher for the better answer of each
+pair. It needs no reward model and no sampling. Equation numbers refer to arXiv 2305.18290:
 
-    L = −E log σ(β [log π/π_ref(y_w|x) − log π/π_ref(y_l|x)])                              (7)
+    π*(y|x) ∝ π_ref(y|x) exp(r(x, y) / β)                                                (4)
+    loss = −E log σ(β [log π/π_ref(y_w|x) − log π/π_ref(y_l|x)])                         (7)
 
-Its gradient pulls log π(y_w) up and log π(y_l) down, by β σ(R_l − R_w): as far as R is wrong.
+The gradient of a pair pushes log π(y_w) up and log π(y_l) down, both with the weight
+β σ(r̂_l − r̂_w), which is large where r̂ is wrong. Answers share the network, so both may still fall.
 
-[C1] Other losses, by flags; papers differ from other libraries' names:
-     (none)                           DPO    2305.18290
-     label-smoothing .1               cDPO   labels wrong that often (TRL 1.16's sigmoid ignores it)
-     length-normalize                 log π of an answer is the mean over its tokens, 2411.15124
-     loss-type ipo                    IPO    2310.12036, summed as its authors' code has it; TRL's
-                                             ipo is this with length-normalize
-     length-normalize reference-free  SimPO  2405.14734, with gamma-margin: the margin γ
-     nll-coef 1                       RPO    2404.19733: plus −log π(y_w) per token
-[C2] log π_ref is computed once, before training: two numbers a pair; one model in memory.
-[C3] The step size falls linearly to 0.
-[C4] Prompt and answer are tokenized apart, so that no token spans both.
-[C5] Means are over the whole batch, however it is cut into micro-batches and processes.
-[C6] The token that ends an answer is one of it.
+Implementation choices:
+[C1] These flags select published variants:
+       (no flag)                              DPO    2305.18290
+       --label-smoothing 0.1                  cDPO   assumes that 10 % of the labels are wrong
+       --length-normalize                     log π of an answer is the mean over its tokens,
+                                              2411.15124
+       --loss-type ipo                        IPO    2310.12036, log π is the sum over the tokens
+       --length-normalize --reference-free    SimPO  2405.14734, with --gamma-margin
+       --nll-coef 1                           RPO    2404.19733, adds −log π(y_w) per token
+[C2] log π_ref is computed once, before training: two numbers per pair, one model in memory.
+[C3] The learning rate decays linearly to 0. Each batch is drawn at random, without epochs.
+[C4] Prompt and answer are tokenized separately, so no token spans both.
+[C5] Means are over the whole batch, so the gradient does not depend on --micro-batch-size or on
+     the number of processes.
+[C6] The stop token is part of the answer and is trained on. The prompt is not.
 
-P pairs; N packs of L tokens (a prompt and its two answers) with K targets.
-    python dpo.py
+Shapes: P pairs, each with two rows of L inputs and targets, chosen and rejected, which go through
+the model together; M pairs of a micro-batch, R rows, V vocabulary size, D hidden size, K trained
+tokens of a micro-batch.
+
+    python dpo.py                                               a tiny GPT learns to add
+    python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl
 """
 
-import contextlib
-import dataclasses
 import itertools
 import json
 import math
 import os
 import random
 import shutil
+import signal
 import sys
 import time
-import zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
 import tyro
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Args:
-    model: str = ""  # folder or hub id of a Llama, Qwen2 or Qwen3; default: a tiny GPT, taught here
-    data: str = ""  # JSON lines: `prompt`, `chosen`, `rejected`, each a text or chat messages
-    train_pairs: int = 25_000  # how many to make where there is no --data
-    skip_bad_rows: bool = False  # leave out rows that cannot be used, and say how many
-    seed: int = 1  # of the weights, the pairs and their order
-    max_steps: int = 400  # batches to learn from
-    num_pairs: int | None = None  # pairs of a batch, in all processes; None: 256, with --model 16
-    learning_rate: float | None = None  # AdamW's step size; None: 5e-4 for the tiny GPT, else 1e-6
-    max_grad_norm: float = 1.0  # longest gradient
+    """The defaults are those of the tiny GPT; default_args returns those of a --model."""
+
+    model: str = ""  # Hugging Face folder or hub id: Llama, Qwen2, Qwen3; default: a tiny GPT
+    data: str = ""  # JSON lines with `prompt`, `chosen` and `rejected`; needs --model
+    skip_bad_rows: bool = False  # leave out rows that cannot be used, and print how many
+    seed: int = 1
+    max_steps: int = 250  # batches to learn from
+    batch_size: int = 256  # pairs per batch, over all processes
+    learning_rate: float = 5e-4  # initial AdamW step size [C3]
+    max_grad_norm: float = 1.0  # clip the gradient norm to this
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"  # [C1]
-    beta: float | None = None  # β; None: 0.5 for the tiny GPT, else 0.1
-    label_smoothing: float = 0.0  # share of labels taken to be wrong [C1]
-    length_normalize: bool = False  # log-probabilities per token [C1]
-    reference_free: bool = False  # leave π_ref out [C1]
-    gamma_margin: float = 0.0  # γ, what R of the better answer shall be ahead [C1]
-    nll_coef: float = 0.0  # weight of the better answer's −log π per token [C1]
-    imitation_steps: int = 500  # of the tiny GPT, before DPO
-    eval_every: int = 20  # batches from one held-out evaluation to the next
+    beta: float = 0.5  # strength of the pull towards the reference policy
+    label_smoothing: float = 0.0  # share of labels assumed to be wrong [C1]
+    length_normalize: bool = False  # divide log-probabilities by the number of tokens [C1]
+    reference_free: bool = False  # leave out the reference policy [C1]
+    gamma_margin: float = 0.0  # target margin between the rewards of chosen and rejected [C1]
+    nll_coef: float = 0.0  # coefficient of -log π(chosen) per token [C1]
+    train_pairs: int = 20_000  # pairs to make for the tiny GPT
+    pretrain_steps: int = 500  # supervised steps of the tiny GPT before DPO
+    eval_every: int = 20  # batches between evaluations on held-out pairs
     eval_pairs: int = 256  # held-out pairs
-    tokens_per_micro_batch: int | None = None  # limits memory; None: 8192, with --model 1024 [C5]
-    gradient_checkpointing: bool = False  # less memory: compute activations again going backward
-    lora_rank: int = 0  # train adapters of this rank instead of the weights
-    bf16: bool | None = None  # bfloat16 compute on float32 weights; None: with --model, where fast
-    compile: bool = False  # torch.compile the model
-    stop_at: float | None = None  # end when the held-out reward accuracy reaches this
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one
-    run_dir: str = ""  # folder for the run's files; default runs/<script>-<task>-<seed>-<time>
-    resume: str = ""  # folder of a run to continue there; its flags become the defaults
-    checkpoint_every: int = 20  # batches from one checkpoint to the next
-    track: bool = False  # mirror the metrics to Weights & Biases
-    wandb_project: str = "policy-gradients"  # project there
+    micro_batch_size: int = 256  # pairs per forward and backward pass; changes only memory [C5]
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
+    lora_rank: int = 0  # train LoRA adapters of this rank instead of the weights
+    bf16: bool = False  # compute in bfloat16, keep the weights in float32
+    compile: bool = False  # torch.compile the transformer blocks
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # default: the GPU, if any
+    run_dir: str = ""  # output folder; default: runs/<script>-<task>-<seed>-<time>
+    resume: str = ""  # continue the run in this folder; its flags are the defaults
+    checkpoint_seconds: float = 600.0  # time between checkpoints; 0: after every batch
+    track: bool = False  # log to Weights & Biases
+    wandb_project: str = "policy-gradients"
 
 
 def preference_loss(logprob, ref_logprob, beta, loss_type, label_smoothing=0.0, gamma_margin=0.0):
-    """The loss of each pair (P,); logprob, ref_logprob (P, 2): of the better and worse answer."""
-    log_ratio = logprob - ref_logprob
-    ahead = log_ratio[:, 0] - log_ratio[:, 1]                                     # (P,)
+    """Compute the loss of each pair, (P,).
+
+    logprob and ref_logprob (P, 2) are log π and log π_ref of the chosen and the rejected answer.
+    """
+    chosen_ratio, rejected_ratio = (logprob - ref_logprob).unbind(1)              # (P,)
+    log_ratio_diff = chosen_ratio - rejected_ratio
     if loss_type == "ipo":
-        return (ahead - 1 / (2 * beta)).square()                                  # [C1]
-    logit = beta * ahead - gamma_margin
-    wrong = -F.logsigmoid(-logit)  # the loss, were the labels the other way round
-    return (1 - label_smoothing) * -F.logsigmoid(logit) + label_smoothing * wrong  # (7) [C1]
+        return (log_ratio_diff - 1 / (2 * beta)).square()                         # [C1]
+    logit = beta * log_ratio_diff - gamma_margin
+    loss, flipped_loss = -F.logsigmoid(logit), -F.logsigmoid(-logit)              # (7)
+    return (1 - label_smoothing) * loss + label_smoothing * flipped_loss          # [C1]
 
 
 def best_policy(ref_logprob, reward, beta):
-    """log π* (..., Y) over all Y answers, from log π_ref and their rewards (..., Y)."""
+    """Compute log π* (..., Y) of all Y answers from their log π_ref and rewards (..., Y)."""
     return (ref_logprob + reward / beta).log_softmax(-1)                          # (4)
 
 
-def preference_facts(logprob, ref_logprob, length, beta):
-    """What the pairs look like, means by name; logprob, ref_logprob, length (P, 2)."""
+def preference_metrics(logprob, ref_logprob, length, beta):
+    """Compute means over the pairs, by name; logprob, ref_logprob and length (tokens) are (P, 2).
+
+    accuracy: how often the chosen answer has the higher reward. accuracy_longer: the same where it
+    is the longer one; NaN if there are no such pairs. chosen_fell: how often log π of the chosen
+    answer is below its log π_ref, which the loss allows; NaN without a reference, when all are 0.
+    """
     reward = beta * (logprob - ref_logprob)
-    margin, longer = reward[:, 0] - reward[:, 1], length[:, 0] - length[:, 1]
-    right = (margin > 0).float()
-    shares = {"accuracy": right, "accuracy_longer": right[longer > 0],
-              "accuracy_shorter": right[longer < 0], "margin": margin,
-              "reward_chosen": reward[:, 0], "reward_rejected": reward[:, 1],
-              "logprob_chosen": logprob[:, 0], "logprob_rejected": logprob[:, 1],
-              "chosen_fell": (logprob < ref_logprob)[:, 0].float()}
-    return {name: x.mean() if len(x) else torch.zeros(()) for name, x in shares.items()}
+    margin = reward[:, 0] - reward[:, 1]
+    correct = (margin > 0).float()
+    fell = (logprob < ref_logprob)[:, 0].float()
+    return {"accuracy": correct.mean(), "margin": margin.mean(),
+            "accuracy_longer": correct[length[:, 0] > length[:, 1]].mean(),
+            "accuracy_shorter": correct[length[:, 0] < length[:, 1]].mean(),
+            "reward_chosen": reward[:, 0].mean(), "reward_rejected": reward[:, 1].mean(),
+            "logprob_chosen": logprob[:, 0].mean(), "logprob_rejected": logprob[:, 1].mean(),
+            "chosen_fell": fell.mean() if ref_logprob.any() else torch.tensor(math.nan)}
+
+
+def target_logprobs(hidden, targets, weight):
+    """Compute log π of targets (K,), float32, from hidden states (K, D) and weight (V, D)."""
+    logits = F.linear(hidden, weight).float()                                 # (K, V)
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def token_logprobs(model, inputs, targets, mask, chunk_size=1024):
+    """Compute log π of the targets where mask is True, 0 elsewhere; all (R, L).
+
+    The logits are computed in chunks of tokens, and again in the backward pass: those of all tokens
+    at once would be the largest tensor by far.
+    """
+    hidden = model(inputs)[mask]                                              # (K, D)
+    weight = model.output_weight().to(hidden.dtype)
+    logprobs = [checkpoint(target_logprobs, *chunk, weight, use_reentrant=False)
+                for chunk in zip(hidden.split(chunk_size), targets[mask].split(chunk_size))]
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    return zeros.masked_scatter(mask, torch.cat(logprobs))
+
+
+def pad_batch(rows, device):
+    """Make tensors (R, L) of rows, a list of (prompt, completion), each a list of token ids.
+
+    Returns inputs, targets (the tokens that follow them) and mask, which is True where the target
+    belongs to the completion.                                                 [C6]
+    """
+    tokens = pad_sequence([torch.tensor(prompt + completion) for prompt, completion in rows],
+                          batch_first=True)  # padded with 0; causal attention does not see it
+    column = torch.arange(tokens.shape[1])
+    mask = torch.stack([(column >= len(prompt)) & (column < len(prompt) + len(completion))
+                        for prompt, completion in rows])
+    return tokens[:, :-1].to(device), tokens[:, 1:].to(device), mask[:, 1:].to(device)
 
 
 class Pair(NamedTuple):
-    """A prompt, a better and a worse answer, as lists of token ids."""
+    """A prompt, the better and the worse answer, as lists of token ids."""
 
     prompt: list
     chosen: list
     rejected: list
 
 
-def next_logprob(states, weight, temperature):
-    """log π (..., V), float32, of the token after states (..., D), in sampler and trainer."""
-    return F.linear((states / temperature).to(weight.dtype), weight).float().log_softmax(-1)
+def num_columns(pair):
+    """Return the number of columns that the pair needs in pad_pairs."""
+    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) - 1
 
 
-def micro_batches(pairs, numbers, budget, device):
-    """Micro-batches of at most `budget` tokens, or of one pair, as fill_batches makes them.
-
-    numbers: which of the pairs; the answers of pair i are rows 2 i and 2 i + 1. Every process gets
-    equally many, of a blank pair -1 if need be, as they must go through the model together.
-    """
-    packs = [(pairs[i].prompt, [(2 * i, pairs[i].chosen), (2 * i + 1, pairs[i].rejected)])
-             for i in numbers]
-    parts, blank = fill_batches(packs, budget), [([0], [(-2, [0]), (-1, [0])])]
-    return parts + [blank] * (most(len(parts), device) - len(parts))
+def by_length(pairs, indices):
+    """Sort indices of pairs by the pairs' length, longest first: then there is little padding."""
+    return sorted(indices, key=lambda i: num_columns(pairs[i]), reverse=True)
 
 
-def score(model, part, device):
-    """(numbers (M,) of a micro-batch's pairs, log π (M, 2) of their answers)."""
-    packs, rows = collate(part, device)
-    logprob, _ = model(*packs, 1.0)                                               # [C6] (K,)
-    length = torch.tensor([len(answer) for _, answers in part for _, answer in answers])
-    owner = torch.arange(len(rows)).repeat_interleave(length).to(device)          # (K,)
-    sums = torch.zeros(len(rows), device=device).index_add(0, owner, logprob)     # (2 M,)
-    return rows[::2].div(2, rounding_mode="floor"), sums.view(-1, 2)
+def pad_pairs(pairs, device):
+    """Make inputs, targets and mask (P, 2, L) as pad_batch does: chosen and rejected rows."""
+    rows = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    return [tensor.unflatten(0, (-1, 2)) for tensor in pad_batch(rows, device)]
+
+
+def sequence_logprobs(model, inputs, targets, mask):
+    """Compute log π of the answers, (P, 2): the sum over their tokens. The inputs are (P, 2, L)."""
+    logprob = token_logprobs(model, inputs.flatten(0, 1), targets.flatten(0, 1), mask.flatten(0, 1))
+    return logprob.sum(1).view(-1, 2)
 
 
 @torch.no_grad()
-def score_all(model, pairs, budget, device):
-    """log π (P, 2) of the answers of all pairs, which the processes share out."""
-    result, numbers = torch.zeros(len(pairs) + 1, 2, device=device), share(range(len(pairs)))
-    for part in micro_batches(pairs, numbers, budget, device):
-        which, logprob = score(model, part, device)
-        result[which] = logprob
-    return total(result)[:-1]  # the last row was the blank pair's
+def score_pairs(model, pairs, args):
+    """Compute log π of the answers of all pairs, (P, 2); the processes share the work."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    indices = by_length(pairs, range(len(pairs)))
+    # All processes must call the model equally often, so some compute the first pair once more.
+    indices = local_rows(indices + indices[:1] * (-len(indices) % world_size))
+    logprobs = []
+    for start in range(0, len(indices), args.micro_batch_size):
+        part = [pairs[i] for i in indices[start:start + args.micro_batch_size]]
+        logprobs.append(sequence_logprobs(model, *pad_pairs(part, args.device)).cpu())
+    result = torch.zeros(len(pairs), 2)
+    result[all_gather(torch.tensor(indices))] = all_gather(torch.cat(logprobs))
+    return result
 
 
-def step(model, optimizer, pairs, numbers, reference, length, args):
-    """A gradient step on the pairs of these numbers.
+def update(model, optimizer, pairs, ref_logprob, args):
+    """Take a gradient step on the pairs of this process, sorted by_length; ref_logprob is (P, 2).
 
-    reference, length (P, 2): log π_ref and tokens of all pairs' answers. Returns the mean loss, the
-    gradient's norm and log π (len(numbers), 2).
+    Returns metrics, means over the pairs of all processes.
     """
-    device, params = length.device, [p for p in model.parameters() if p.requires_grad]
-    seen, losses = torch.zeros(len(pairs) + 1, 2, device=device), torch.zeros((), device=device)
-    per_token = 1 / length
-    scale = per_token if args.length_normalize else torch.ones_like(length)
+    inputs, targets, mask = pad_pairs(pairs, args.device)
+    length = mask.sum(2)                                                          # (P, 2)
+    divisor = length if args.length_normalize else torch.ones_like(length)        # [C1]
+    ref_logprob = ref_logprob.to(args.device) / divisor
+    logprobs, losses = torch.zeros_like(ref_logprob), torch.zeros_like(ref_logprob[:, 0])
     optimizer.zero_grad()
-    for part in micro_batches(pairs, share(numbers), args.tokens_per_micro_batch, device):
-        which, logprob = score(model, part, device)                               # (M,), (M, 2)
-        loss = preference_loss(logprob * scale[which], reference[which] * scale[which], args.beta,
-                               args.loss_type, args.label_smoothing, args.gamma_margin)
-        loss = loss - args.nll_coef * (logprob * per_token[which])[:, 0]          # [C1]
-        loss = (loss * (which >= 0)).sum() / len(numbers)                         # [C5]
-        loss.backward()
-        losses += loss.detach()
-        seen[which] = logprob.detach()
-    norm = whole(nn.utils.clip_grad_norm_(params, args.max_grad_norm))
+    for start in range(0, len(pairs), args.micro_batch_size):
+        part = slice(start, start + args.micro_batch_size)
+        columns = num_columns(pairs[start])  # of the longest pair, as they are sorted
+        logprob = sequence_logprobs(model, inputs[part, :, :columns], targets[part, :, :columns],
+                                    mask[part, :, :columns])                      # (M, 2)
+        loss = preference_loss(logprob / divisor[part], ref_logprob[part], args.beta,
+                               args.loss_type, args.label_smoothing, args.gamma_margin)  # (M,)
+        loss = loss - args.nll_coef * (logprob / length[part])[:, 0]              # [C1]
+        if dist.is_initialized():  # add up the gradients of all processes after the last part
+            model.set_requires_gradient_sync(part.stop >= len(pairs))
+        (loss.sum() / args.batch_size).backward()                                 # [C5]
+        losses[part] = loss.detach()
+        logprobs[part] = logprob.detach() / divisor[part]
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm,
+                                         error_if_nonfinite=True)
     optimizer.step()
-    return total(losses), norm, total(seen)[torch.tensor(numbers, device=device)]
+    metrics = preference_metrics(all_gather(logprobs), all_gather(ref_logprob), all_gather(length),
+                                 args.beta)
+    return {"loss": all_gather(losses).mean(), "grad_norm": full_tensor(grad_norm)} | metrics
+
+
+def evaluate(model, pairs, ref_logprob, args):
+    """Compute some preference_metrics of held-out pairs; ref_logprob is (P, 2)."""
+    length = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
+    divisor = length if args.length_normalize else torch.ones_like(length)
+    logprob = score_pairs(model, pairs, args)
+    metrics = preference_metrics(logprob / divisor, ref_logprob / divisor, length, args.beta)
+    return {f"heldout_{name}": metrics[name].item()
+            for name in ("accuracy", "margin", "chosen_fell")}
 
 
 def train(args):
-    """Train as the flags say; returns the score, the reward accuracy on held-out pairs."""
-    args, device = settle_pairs(args)
-    model, text = load_model(args, device)
-    if not args.model and not args.resume:
-        imitate(model, text, lambda rng: next(addition_stream(rng, False)), args)
-    params = [param for param in ready(model, args).parameters() if param.requires_grad]
+    """Train a model. Return it and the score: how often it prefers the better of held-out pairs."""
+    device = setup(args)
+    config, weights, tokenizer = load_model(args) if args.model else pretrain(args, device)
+    model = make_model(config, weights, device, args)
+    params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, args.learning_rate, weight_decay=0.0, fused=True)
-    budget = args.tokens_per_micro_batch
-    with Journal(args, model, optimizer, None) as journal:
-        pairs, heldout = load_pairs(journal, model, text, args)
-        if "reference" not in journal.before:                                     # [C2]
-            journal.before["reference"] = score_all(model, pairs + heldout, budget, device).cpu()
-            journal.before["exam"] = exam(model, text, None, args)
-        reference = journal.before["reference"].to(device) * (not args.reference_free)
-        length = torch.tensor([[len(c), len(r)] for _, c, r in pairs + heldout], device=device)
-        scale = 1 / length if args.length_normalize else torch.ones_like(length)
-        shown = {}
-        while not journal.finished:
-            rng = random.Random(f"{args.seed}, {journal.step}")
-            numbers = rng.sample(range(len(pairs)), min(args.num_pairs, len(pairs)))
-            left = 1 - journal.step / args.max_steps
-            optimizer.param_groups[0]["lr"] = args.learning_rate * left           # [C3]
-            loss, norm, logprob = step(
-                model, optimizer, pairs, numbers, reference, length, args)
-            means = preference_facts(logprob * scale[numbers], (reference * scale)[numbers],
-                                     length[numbers], args.beta)
-            last = journal.step + 1 == args.max_steps
-            if not shown or last or (journal.step + 1) % args.eval_every == 0:
-                unseen = slice(len(pairs), None)
-                logprob = score_all(model, heldout, budget, device) * scale[unseen]
-                facts = preference_facts(logprob, (reference * scale)[unseen], length[unseen],
-                                         args.beta)
-                journal.score = facts["accuracy"].item()
-                shown = {f"heldout_{name}": facts[name] for name in ("margin", "chosen_fell")}
-            journal.log(loss=loss, grad_norm=norm, **means, **shown)
-        journal.save()
-        save_model(journal.dir / "model", model, text)
-        before = journal.before["exam"]
-        conclude(before, exam(model, text, before, args), journal.score)
-    leave()
-    return journal.score
-
-
-# Below this line nothing is needed to understand the algorithm: pairs, decoder, evaluation, files.
-
-
-def settle_pairs(args):
-    """Give each flag a value; returns (args, device)."""
-    device, rank, _ = join(args)
-    big = bool(args.model)
-    values = {"num_pairs": 16 if big else 256, "learning_rate": 1e-6 if big else 5e-4,
-              "beta": 0.1 if big else 0.5, "bf16": big and multiplies_bf16(device),
-              "tokens_per_micro_batch": 1024 if big else 8192}
-    args = settle_values(args, values, rank)
-    if args.beta == 0 or args.label_smoothing >= 0.5:
-        fail(f"--beta {args.beta}, --label-smoothing {args.label_smoothing}: must be above 0, and "
-             "below 0.5")
-    if args.loss_type == "ipo" and (args.label_smoothing or args.gamma_margin):
-        fail("--loss-type ipo: has no --label-smoothing and no --gamma-margin")
-    if args.model and not args.data:
-        fail("--model needs --data FILE.jsonl: rows of `prompt`, `chosen`, `rejected`")
-    return args, device
-
-
-def share(numbers):
-    """This process's part of them."""
-    if not dist.is_initialized():
-        return list(numbers)
-    return list(numbers)[dist.get_rank()::dist.get_world_size()]
-
-
-def load_pairs(journal, model, text, args):
-    """(pairs to learn from, held-out pairs), of --data or made by the tiny GPT and kept."""
-    if args.data:
-        both = read_pairs(args, text, model.config["max_position_embeddings"])
-        check = zlib.crc32(repr(both).encode())
-        if journal.before.setdefault("check", check) != check:
-            fail(f"--resume {args.resume}: --data {args.data} or --eval-pairs gives other pairs")
-        return both
-    if "pairs" not in journal.before:
-        rng = random.Random(f"pairs {args.seed}")
-        for name, count in (("pairs", args.train_pairs), ("heldout", args.eval_pairs)):
-            made = make_pairs(model, text, rng, count, held_out=name == "heldout")
-            journal.before[name] = json.dumps(made)  # as text a checkpoint takes it at once
-    return tuple([Pair(*pair) for pair in json.loads(journal.before[name])]
-                 for name in ("pairs", "heldout"))
-
-
-def worth(answer, example):
-    """The known reward of an answer (text): 3 for each right digit."""
-    return 3.0 * sum(a == b for a, b in zip(answer, example["answer"]))
-
-
-def make_pairs(model, text, rng, count, held_out):
-    """Pairs of answers that the model gives, labelled by chance as Bradley and Terry have it.
-
-    The one with reward r is the better with probability σ(r − r'). Of each prompt four pairs of
-    different answers, the rare as often as the usual, and drawn at a temperature above 1: what no
-    pair names, nothing holds down.
-    """
-    pairs, stream = [], addition_stream(rng, held_out)
-    while len(pairs) < count:
-        examples, seed = list(itertools.islice(stream, 256)), rng.randrange(2**31)
-        prompts = [text.encode(example["prompt"]) for example in examples]
-        answers = [*map(tuple, draw(model, prompts, 16, 1.3, seed))]
-        for i, example in enumerate(examples):
-            several = [*itertools.combinations(sorted({*answers[16 * i:16 * i + 16]}), 2)]
-            for one, other in rng.sample(several, min(4, len(several))):
-                gain = worth(text.decode(one), example) - worth(text.decode(other), example)
-                first = rng.random() < 1 / (1 + math.exp(-gain))
-                pairs.append((prompts[i], *map(list, (one, other) if first else (other, one))))
-    return pairs[:count]
-
-
-@torch.no_grad()
-def draw(model, prompts, count, temperature, seed):
-    """`count` answers of the tiny GPT, lists of at most four tokens, to each of the prompts.
-
-    Temperature 0: the likeliest.
-    """
-    device = model.frequency.device
-    starts = [(b,) for b in range(len(prompts)) for _ in range(count)]
-    generator = torch.Generator(device).manual_seed(seed)
-    for t in range(4):
-        place = {start: i for i, start in enumerate(sorted({*starts}))}  # most occur several times
-        packs = [(prompts[b], [(0, [*start[1:], 0]) for start in some])
-                 for b, some in itertools.groupby(place, lambda start: start[0])]
-        *batch, source, _ = collate(packs, device)[0]
-        prob = model(*batch, source[t::t + 1], None, temperature or 1.0).exp()
-        prob = prob[[place[start] for start in starts]]                           # (R, V)
-        token = prob.multinomial(1, generator=generator)[:, 0] if temperature else prob.argmax(1)
-        starts = [(*start, new) for start, new in zip(starts, token.tolist())]
-    return [[*answer[:answer.index(0)], 0] if 0 in answer else [*answer] for _, *answer in starts]
-
-
-@torch.no_grad()
-def exact(model, prompts, device):
-    """log π (B, 1000) of all answers of three digits, as shares of these."""
-    answers = [(n, [*map(Characters.symbols.index, f"{n:03}"), 0]) for n in range(1000)]
-    packs = [(prompt, answers[n:n + 50]) for prompt in prompts for n in range(0, 1000, 50)]
-    parts = [collate(packs[i:i + 100], device)[0] for i in range(0, len(packs), 100)]
-    logprob = torch.cat([model(*part, 1.0)[0] for part in parts])
-    return logprob.view(len(prompts), 1000, 4).sum(2).log_softmax(-1)
-
-
-def exam(model, text, before, args):
-    """What the tiny GPT can, beside π*; before: the same of before the training, None then."""
-    if args.data:
-        return {}
-    device, stream = model.frequency.device, addition_stream(random.Random("exam"), True)
-    examples = list(itertools.islice(stream, 1024))
-    prompts, result = [text.encode(example["prompt"]) for example in examples], {}
-    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        texts = map(text.decode, draw(model, prompts, 1, temperature, args.seed))
-        right = [answer == example["answer"] for answer, example in zip(texts, examples)]
-        result[name] = sum(right) / len(right)
-    logprob = exact(model, prompts[:16], device)
-    ref_logprob = before["logprob"].to(device) if before else logprob
-    reward = torch.tensor([[worth(f"{n:03}", example) for n in range(1000)]
-                           for example in examples[:16]], device=device)          # (16, 1000)
-    best = best_policy(ref_logprob, reward, args.beta)
-    prob = logprob.exp()
-    for name, column in (("reward", reward), ("kl_to_ref", logprob - ref_logprob),
-                         ("kl_to_best", logprob - best)):
-        result[name] = (prob * column).sum(1).mean().item()
-    result["best_reward"] = (best.exp() * reward).sum(1).mean().item()
-    return result | {"logprob": logprob.cpu()}
-
-
-def conclude(before, after, accuracy):
-    """Print what training has changed."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    print(f"held-out pairs: reward accuracy {accuracy:.3f}")
-    if after:
-        print("held-out sums: greedy {greedy:.3f}, sampled {sampled:.3f} before; ".format(**before)
-              + "greedy {greedy:.3f}, sampled {sampled:.3f} after".format(**after))
-        print(f"E[r] {before['reward']:.3f} before, {after['reward']:.3f} after, "
-              f"{after['best_reward']:.3f} of π*; KL(π‖π_ref) {after['kl_to_ref']:.3f}; KL(π‖π*) "
-              f"{before['kl_to_best']:.3f} before, {after['kl_to_best']:.3f} after")
-
-
-def addition_stream(rng, held_out):
-    """Sums for the tiny GPT, of those that are held out or of the others; see grpo's `lot`."""
-    while True:
-        example = addition(rng, tiny=True)
-        if (lot(example) < 0.1) == held_out:
-            yield example
-
-
-def read_pairs(args, text, context):
-    """(pairs, held-out pairs) of --data: a prompt's lot decides; a bad row ends the program."""
-    rows, bad = [], 0
-    with blamed(f"--data {args.data}"):
-        lines = Path(args.data).read_text(encoding="utf-8-sig").split("\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                row = json.loads(line)
-                pair = read_pair(row, text, context)
-                rows.append((lot(row), pair))
-        except Exception as error:  # of json, of a stranger's chat template, of the tokenizer
-            bad += 1
-            if not args.skip_bad_rows:
-                fail(f"--data {args.data}, line {number}: {type(error).__name__}: {error}")
-    if args.skip_bad_rows:
-        print(f"--data {args.data}: {bad} bad rows left out")
-    rows.sort(key=lambda row: row[0])
-    edge = rows[min(args.eval_pairs, max(len(rows) // 10, 1)) - 1][0] if rows else 0.0
-    pairs = [pair for place, pair in rows if place > edge]
-    if not pairs:
-        fail(f"--data {args.data}: needs rows of two different prompts: one is held out")
-    return pairs, [pair for place, pair in rows if place <= edge]
-
-
-def read_pair(row, text, context):
-    """A Pair of a row; ValueError says what is wrong with it."""
-    if not isinstance(row, dict) or not {"prompt", "chosen", "rejected"} <= row.keys():
-        raise ValueError("needs `prompt`, `chosen` and `rejected`")
-    answers = []
-    for name in ("chosen", "rejected"):
-        answer = row[name]
-        if isinstance(answer, list) and len(answer) == 1:  # chat messages
-            answer = answer[0]["content"]
-        if not isinstance(answer, str) or not answer.strip():
-            raise ValueError(f"`{name}` must be a text that is not empty, or one chat message")
-        answers.append([*text.encode(answer), text.stop_ids[0]])             # [C4] [C6]
-    pair = Pair(text.encode(row["prompt"]), *answers)
-    if pair.chosen == pair.rejected:
-        raise ValueError("`chosen` and `rejected` are equal")
-    longest = len(pair.prompt) + max(map(len, answers)) - 1
-    if not pair.prompt or longest > context:
-        raise ValueError(f"prompt and answer have {longest} tokens, the model takes 1 to {context}")
-    return pair
-
-
-def join(args):
-    """Join the other processes, if torchrun started any; returns (device, rank, their number)."""
-    name, rank, world_size = args.device, 0, 1
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not getattr(torch, name).is_available():
-        fail(f"--device {name}: there is none here; use --device cpu")
-    device = torch.device(name)
-    if "LOCAL_RANK" in os.environ:
-        if name == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if name == "cuda" else "gloo")
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
-    with blamed(f"--seed {args.seed}"):
-        torch.manual_seed(args.seed)
-    return device, rank, world_size
-
-
-def multiplies_bf16(device):
-    """Whether bfloat16 is the faster: a CPU without AVX512 only imitates it, slowly."""
-    return device.type != "cpu" or "AVX512" in torch.backends.cpu.get_cpu_capability()
-
-
-def settle_values(args, values, rank):
-    """args with these values where a flag was not given; refuses numbers that are out of range."""
-    values = {name: value for name, value in values.items() if getattr(args, name) is None}
-    args = dataclasses.replace(args, **values)
-    zero = ("seed", "imitation_steps", "lora_rank", "beta", "epsilon", "epsilon_high",
-            "label_smoothing", "gamma_margin", "nll_coef")
-    for field in dataclasses.fields(args):
-        value, flag = getattr(args, field.name), field.name.replace("_", "-")
-        if type(value) not in (int, float) or field.name == "stop_at":
-            continue
-        low = 0 if field.name in zero else 2 if field.name == "num_generations" else 1
-        low = low if type(value) is int or low == 0 else 1e-12
-        if not low <= value < math.inf:
-            fail(f"--{flag} {value}: must be at least {low}")
-    if rank == 0:
-        chosen = [f"{name.replace('_', '-')} {value}" for name, value in values.items()]
-        print(f"{torch.get_num_threads()} thread(s) a process", *chosen, sep=", ")
-    return args
-
-
-def most(value, device):
-    """The largest of the processes' values, a number."""
-    value = torch.as_tensor(value, device=device)
+    with Logger(args, model, optimizer, weights) as log:
+        pairs, heldout = load_pairs(args, tokenizer, model, log.dir)
+        if log.ref_logprob is None:  # else --resume has restored it
+            log.ref_logprob = torch.zeros(len(heldout + pairs), 2)
+            if not args.reference_free:
+                log.ref_logprob = score_pairs(model, heldout + pairs, args)       # [C2]
+            log.before = None if args.model else evaluate_sums(model, tokenizer, None, args)
+        if len(log.ref_logprob) != len(heldout) + len(pairs):
+            raise SystemExit(f"--resume {args.resume}: --data has other pairs now")
+        heldout_ref, ref_logprob = log.ref_logprob.split([len(heldout), len(pairs)])
+        while not log.stopped() and log.step < args.max_steps:
+            remaining = 1 - log.step / args.max_steps
+            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining      # [C3]
+            rng = random.Random(f"{args.seed} {log.step}")  # the same in all processes
+            indices = rng.sample(range(len(pairs)), args.batch_size)
+            indices = local_rows(by_length(pairs, indices))
+            metrics = update(model, optimizer, [pairs[i] for i in indices], ref_logprob[indices],
+                             args)
+            if log.step % args.eval_every == 0 or log.step + 1 == args.max_steps:
+                log.heldout = evaluate(model, heldout, heldout_ref, args)
+                log.score = log.heldout["heldout_accuracy"]
+            log.write(**metrics, **log.heldout)
+    if args.model:
+        save_model(log.dir / "model", model, tokenizer)
+    else:
+        after = evaluate_sums(model, tokenizer, log.before["logprob"], args)
+        if get_rank() == 0:
+            print_summary(log.before, after)
     if dist.is_initialized():
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-    return value.item()
-
-
-def total(tensor):
-    """Put the sum over all processes into the tensor; returns it."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def leave():
-    """Part from the other processes once all have come to their end."""
-    if dist.is_initialized():
-        dist.barrier()
+        dist.barrier()  # no process may leave before the others are done
         dist.destroy_process_group()
+    return model, log.score
 
 
-def ready(model, args):
-    """Compile it, with --compile, and spread its weights over the processes, if there are several.
-
-    Gradients are summed over the processes: the loss is a share of the whole batch's [C5].
-    """
-    if args.compile:
-        for block in model.model.layers:
-            block.compile(dynamic=True)
-    if dist.is_initialized():
-        from torch.distributed.fsdp import fully_shard
-
-        for module in (*model.model.layers, model):
-            fully_shard(module)
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-    return model
+# --- The algorithm ends here. Below: the decoder, models, flags, data, evaluation, logging. ---
 
 
-@torch.no_grad()
-def merged(model):
-    """(name, weight) of a plain Decoder that does the same; all processes must ask together."""
-    for name, param in model.named_parameters():
-        if "lora" in name:
-            continue
-        layer, weight = model.get_submodule(name.rpartition(".")[0]), whole(param)
-        if getattr(layer, "rank", 0) and name.endswith("weight"):
-            weight = weight + whole(layer.lora_b) @ whole(layer.lora_a) * 2
-        yield name, weight
-
-
-def whole(tensor):
-    """A sharded tensor's whole value, any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
-
-
-class Packs(NamedTuple):
-    """N packs as tensors: each a prompt, then completions of it that do not see each other."""
-
-    tokens: torch.Tensor  # (N, L), 0 after the end
-    position: torch.Tensor  # (N, L): each completion's go on from its prompt's
-    segment: torch.Tensor  # (N, L): 0 prompt, 1, 2, ... its completions, -1 after the end
-    source: torch.Tensor  # (K,): where in N L, flattened, the state stands that foretells a target
-    target: torch.Tensor  # (K,): the completions' tokens, one completion after the other
-
-
-def fill_batches(packs, budget):
-    """Micro-batches of packs, each of at most `budget` tokens or of one pack."""
-    parts, widest = [], 0
-    for pack in sorted(packs, key=pack_size, reverse=True):  # of like sizes: little padding
-        if not parts or (len(parts[-1]) + 1) * widest > budget:
-            parts.append([])
-            widest = pack_size(pack)
-        parts[-1].append(pack)
-    return parts
-
-
-def pack_size(pack):
-    """Its tokens, less the last of each completion, which foretells nothing."""
-    return len(pack[0]) + sum(len(tokens) - 1 for _, tokens in pack[1])
-
-
-def collate(packs, device):
-    """(Packs, rows): packs as tensors, and the completions' rows in the order of the targets."""
-    width, columns, source, target = max(map(pack_size, packs)), [], [], []
-    for prompt, completions in packs:
-        start = len(columns) * width
-        tokens, position, segment = [*prompt], [*range(len(prompt))], [0] * len(prompt)
-        for number, (_, completion) in enumerate(completions, 1):
-            first, count = start + len(tokens), len(completion) - 1
-            source += [start + len(prompt) - 1, *range(first, first + count)]
-            target += completion
-            tokens += completion[:-1]
-            position += range(len(prompt), len(prompt) + count)
-            segment += [number] * count
-        rest = width - len(tokens)
-        columns.append((tokens + [0] * rest, position + [0] * rest, segment + [-1] * rest))
-    tensors = [torch.tensor(x, device=device) for x in (*zip(*columns), source, target)]
-    rows = [row for _, completions in packs for row, _ in completions]
-    return Packs(*tensors), torch.tensor(rows, device=device)
+LORA_SCALE = 2.0  # alpha / rank
 
 
 class Linear(nn.Linear):
-    """A linear layer, with rank > 0 plus an adapter that starts at zero: Hu et al. (2021), LoRA."""
+    """A linear layer. With rank > 0 it has a LoRA adapter that starts at 0: Hu et al. (2021)."""
 
-    adapted = True  # of all layers; False while the reference policy without adapters is asked
-
-    def __init__(self, fan_in, fan_out, bias=False, rank=0):
-        super().__init__(fan_in, fan_out, bias)
+    def __init__(self, in_features, out_features, bias=False, rank=0):
+        super().__init__(in_features, out_features, bias)
         self.rank = rank
         if rank:
             self.weight.requires_grad_(False)
-            self.lora_a = nn.Parameter(torch.randn(rank, fan_in) / fan_in**0.5)
-            self.lora_b = nn.Parameter(torch.zeros(fan_out, rank))
+            self.lora_a = nn.Parameter(torch.empty(rank, in_features))
+            self.lora_b = nn.Parameter(torch.zeros(out_features, rank))
 
     def forward(self, x):
-        x = x.to(self.weight.dtype)
-        if x.shape[1] == 1:  # decoding: a CPU reads the weights faster this way round
-            y = (self.weight @ x[:, 0].T).T.unsqueeze(1)
-            y = y if self.bias is None else y + self.bias
-        else:
-            y = super().forward(x)
-        if self.rank and self.adapted:
-            y = y + F.linear(F.linear(x, self.lora_a), self.lora_b) * 2
+        y = super().forward(x)
+        if self.rank:
+            y = y + LORA_SCALE * F.linear(F.linear(x, self.lora_a), self.lora_b)
         return y
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Causal grouped-query attention with rotary positions."""
 
     def __init__(self, config, rank):
         super().__init__()
-        width, self.size, kind = config["hidden_size"], config["head_dim"], config["model_type"]
-        heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-        self.q_proj = Linear(width, heads * self.size, kind == "qwen2", rank)
-        self.k_proj = Linear(width, groups * self.size, kind == "qwen2", rank)
-        self.v_proj = Linear(width, groups * self.size, kind == "qwen2", rank)
-        self.o_proj = Linear(heads * self.size, width, False, rank)
-        norm = nn.RMSNorm if kind == "qwen3" else nn.Identity
-        self.q_norm = norm(self.size, config["rms_norm_eps"])
-        self.k_norm = norm(self.size, config["rms_norm_eps"])
+        width, self.head_dim = config["hidden_size"], config["head_dim"]
+        q_size = config["num_attention_heads"] * self.head_dim
+        kv_size = config["num_key_value_heads"] * self.head_dim
+        bias = config["model_type"] == "qwen2"
+        self.q_proj = Linear(width, q_size, bias, rank)
+        self.k_proj = Linear(width, kv_size, bias, rank)
+        self.v_proj = Linear(width, kv_size, bias, rank)
+        self.o_proj = Linear(q_size, width, False, rank)
+        has_norm = config["model_type"] == "qwen3"
+        eps = config["rms_norm_eps"]
+        self.q_norm = nn.RMSNorm(self.head_dim, eps) if has_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps) if has_norm else nn.Identity()
 
-    def forward(self, x, rotation, mask, cache, columns):
-        q, k, v = (proj(x).unflatten(-1, (-1, self.size))
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))  # (N, L, heads, E)
-        qk = rotate(torch.cat([self.q_norm(q.float()), self.k_norm(k.float())], 2), *rotation)
-        qk, v = qk.to(v.dtype).transpose(1, 2), v.transpose(1, 2)                 # (N, heads, L, E)
-        q, k = qk.split([q.shape[2], k.shape[2]], 1)
-        if cache:
-            for kept, new in zip(cache, (k, v)):
-                kept.index_copy_(2, columns, new.to(kept.dtype))
-            k, v = (kept[:, :, :mask.shape[-1]] for kept in cache)
-        (N, heads, L, _), share = q.shape, q.shape[1] // k.shape[1]
-        if L == 1:  # the query heads that share keys as one head with several queries
-            q = q.reshape(N, -1, share, self.size)
-        elif share > 1:
-            k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
-        y = F.scaled_dot_product_attention(q, k, v, mask[:, None])
-        return self.o_proj(y.reshape(N, heads, L, -1).transpose(1, 2).flatten(2))
+    def forward(self, x, rotation):
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))           # (R, heads, L, E)
+        q = rotate(self.q_norm(q.float()), *rotation).to(v.dtype)
+        k = rotate(self.k_norm(k.float()), *rotation).to(v.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 def rotate(x, cos, sin):
-    """Turn x (N, L, heads, 2 E) by the angles of cos, sin (N or 1, L, 1, E)."""
+    """Rotate the halves of x (R, heads, L, E) by the angles of cos and sin (R or 1, 1, L, E/2)."""
     left, right = x.chunk(2, -1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
@@ -656,6 +379,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A transformer block: attention and MLP, each with a norm before and a residual around it."""
+
     def __init__(self, config, rank):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
@@ -663,81 +388,58 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
         self.mlp = MLP(config, rank)
 
-    def forward(self, x, rotation, mask, cache=None, columns=None):
-        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache, columns)
+    def forward(self, x, rotation):
+        x = x + self.self_attn(self.input_layernorm(x), rotation)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """A Llama, Qwen2 or Qwen3: the names of its weights are those of a Hugging Face folder.
+    """A Llama, Qwen2 or Qwen3 whose parameters have the names of Hugging Face's files.
 
-    config: what config.json says, see `settled`. rank: of LoRA adapters; 0 for none.
+    config: see read_config. rank: of the LoRA adapters, 0 for none.
     """
 
     def __init__(self, config, rank=0, bf16=False, checkpointing=False):
         super().__init__()
         self.config, self.bf16, self.checkpointing = config, bf16, checkpointing
-        vocabulary, width = config["vocab_size"], config["hidden_size"]
         self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(vocabulary, width)
+        self.model.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
         self.model.layers = nn.ModuleList(
             Block(config, rank) for _ in range(config["num_hidden_layers"]))
-        self.model.norm = nn.RMSNorm(width, config["rms_norm_eps"])
-        self.lm_head = nn.Linear(width, vocabulary, bias=False)
-        if config["tie_word_embeddings"]:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.model.norm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
+        if not config["tie_word_embeddings"]:
+            self.lm_head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
         if rank:
             for name, param in self.named_parameters():
-                param.requires_grad_("lora" in name)
+                param.requires_grad_("lora_" in name)
         self.register_buffer("frequency", frequencies(config), persistent=False)
 
-    def forward(self, tokens, position, segment, source, target, temperature):
-        """Log-probabilities of targets and entropies where they were drawn, (K,), see Packs.
+    def output_weight(self):
+        """Return the weight (V, D) of the layer that computes the logits from hidden states."""
+        tied = self.config["tie_word_embeddings"]
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
-        Where target is None, those of all tokens that might stand there, (K, V).
-        """
-        with torch.autocast(tokens.device.type, torch.bfloat16, self.bf16):
-            same = segment[:, :, None] == segment[:, None, :]                     # (N, L, L)
-            mask = (same | (segment == 0)[:, None, :]).tril()
-            states = self.states(tokens, position, mask).flatten(0, 1)[source]    # (K, D)
-            if target is None:
-                return next_logprob(states, self.lm_head.weight, temperature)
-            *rest, last = zip(states.split(1024), target.split(1024))
-            parts = [checkpoint(self.score, *part, temperature, use_reentrant=False)
-                     for part in rest]
-            parts.append(self.score(*last, temperature))  # going backward it is the first: keep it
-        logprob, entropy = zip(*parts)
-        return torch.cat(logprob), torch.cat(entropy)
-
-    def score(self, states, target, temperature):
-        """The same of states (K, D). In parts, and again going backward: (K, V) is the largest."""
-        logprob = next_logprob(states, self.lm_head.weight, temperature)
-        chosen = logprob.gather(-1, target[:, None])[:, 0]
-        with torch.no_grad():  # last: the second computation stops before it
-            return chosen, -(logprob.exp() * logprob).sum(-1)
-
-    def states(self, tokens, position, mask, cache=None, columns=None):
-        """States (N, L, D) behind tokens (N, L), of which each sees those where mask (N, L, S).
-
-        With a cache their keys and values go to its `columns` (L,), and S counts columns there.
-        """
-        angle = position.unsqueeze(-1) * self.frequency                           # (N or 1, L, E)
-        rotation = angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
-        x = self.model.embed_tokens(tokens).float()
-        for i, block in enumerate(self.model.layers):
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotation, mask, use_reentrant=False)
-            else:
-                x = block(x, rotation, mask, cache and cache[2 * i:2 * i + 2], columns)
-        return self.model.norm(x)
+    def forward(self, tokens):
+        """Compute the last hidden states (R, L, D) of right-padded rows of tokens (R, L)."""
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        angle = position.unsqueeze(1) * self.frequency                            # (L, E/2)
+        rotation = angle.cos(), angle.sin()
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
+            x = self.model.embed_tokens(tokens).float()
+            for block in self.model.layers:
+                if self.checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(block, x, rotation, use_reentrant=False)
+                else:
+                    x = block(x, rotation)
+            x = self.model.norm(x)
+        return x.bfloat16() if self.bf16 else x
 
 
 def frequencies(config):
-    """Radians a position of each pair of a head's numbers, (size / 2,), scaled as llama3 says."""
-    rope = config["rope"]
-    size = config["head_dim"]
+    """Compute the rotary frequencies of a head, (E/2,), in radians per position."""
+    rope, size = config["rope"], config["head_dim"]
     frequency = rope["rope_theta"] ** -(torch.arange(0, size, 2, device="cpu").float() / size)
-    if rope["rope_type"] == "llama3":
+    if rope["rope_type"] == "llama3":  # low frequencies are scaled down, for long contexts
         turns = frequency * rope["original_max_position_embeddings"] / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -745,91 +447,211 @@ def frequencies(config):
     return frequency
 
 
-def settled(config, folder):
-    """config.json's entries, older names and defaults filled in; refuses what Decoder is not."""
+def read_config(config, folder):
+    """Fill in the defaults of a config.json; exit if Decoder does not support the model."""
     kind, heads = config.get("model_type"), config.get("num_attention_heads", 1)
     rope = {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default"}
     rope |= config.get("rope_scaling") or {}
     rope |= config.get("rope_parameters") or {}
     rope["rope_type"] = rope.get("type", rope["rope_type"])
-    rest = {
-        "model_type": kind in ("llama", "qwen2", "qwen3"),
-        "rope_type": rope["rope_type"] in ("default", "llama3"),
-        "hidden_act": config.get("hidden_act", "silu") == "silu",
-        "sliding window": not config.get("use_sliding_window")
-        and "sliding_attention" not in config.get("layer_types", []),
-        "attention_bias": not config.get("attention_bias"),
-        "mlp_bias": not config.get("mlp_bias"),
-        "quantization_config": "quantization_config" not in config,
-        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) == 1.0,
-    }
-    for name, known in rest.items():
-        if not known:
-            value = config.get(name, rope.get(name, ""))
-            fail(f"--model {folder}: {name} {value} in config.json is not supported, only "
-                 "dense Llama, Qwen2 and Qwen3 are")
-    head_dim = 128 if kind == "qwen3" else config["hidden_size"] // heads
-    head_dim = config.get("head_dim") or head_dim
+    found = rope | config | {"model_type": kind}
+    if "sliding_attention" in config.get("layer_types", []):
+        found["use_sliding_window"] = True
+    supported = {"model_type": ["llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"],
+                 "hidden_act": ["silu"], "use_sliding_window": [False], "attention_bias": [False],
+                 "mlp_bias": [False], "quantization_config": [None], "partial_rotary_factor": [1.0]}
+    for name, values in supported.items():
+        if found.get(name, values[0]) not in values:
+            raise SystemExit(f"--model {folder}: config.json: {name} {found[name]} is not "
+                             "supported; dense Llama, Qwen2 and Qwen3 models are")
+    head_dim = config.get("head_dim") or (
+        128 if kind == "qwen3" else config["hidden_size"] // heads)
     defaults = {"num_key_value_heads": heads, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
                 "max_position_embeddings": 2048}
     return defaults | config | {"head_dim": head_dim, "rope": rope}
 
 
-def load_model(args, device):
-    """(Decoder, Characters or Tokenizer) that --model names, or a new tiny one."""
-    options = args.lora_rank, args.bf16, args.gradient_checkpointing
-    if not args.model:
-        text = Characters()
-        model = Decoder(settled(tiny_config(len(text.symbols)), "tiny"), *options)
-        for param in model.parameters():
-            if param.dim() == 2:
-                nn.init.normal_(param, std=0.1)
-        return model.to(device), text
-    with blamed(f"--model {args.model}"):  # errors of the hub, files missing, torn or foreign
-        folder = Path(args.model)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
+def make_model(config, weights, device, args):
+    """Make a Decoder with these weights (name -> tensor), sharded if there are several processes.
 
-            wanted = ["*.json", "*.jinja", "*.safetensors"]
-            folder = Path(snapshot_download(args.model, allow_patterns=wanted))
-        config = settled(json.loads((folder / "config.json").read_bytes()), args.model)
-        model, text = Decoder(config, *options), Tokenizer(folder)
-        fill(model, folder)
-    return model.to(device), text
+    The model is built on the meta device and gets its weights one by one, so that no process ever
+    holds all of a sharded model.
+    """
+    with torch.device("meta"):
+        model = Decoder(config, args.lora_rank, args.bf16, args.gradient_checkpointing)
+    if dist.is_initialized():
+        policy = MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32,
+                                      cast_forward_inputs=False)
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+            # Add up the gradients: each process computes a part of the mean.     [C5]
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    new_weights = {}
+    for name, param in model.named_parameters():
+        if "lora_a" in name:
+            weight = torch.randn(param.shape) / param.shape[1] ** 0.5
+        elif "lora_b" in name:  # so the adapter starts at 0
+            weight = torch.zeros(param.shape)
+        elif name in weights:
+            weight = weights[name]
+        else:
+            raise SystemExit(f"--model {args.model}: no tensor {name} in its safetensors files")
+        weight = weight.to(device, torch.float32)
+        if isinstance(param, DTensor):
+            weight = distribute_tensor(weight, param.device_mesh, param.placements,
+                                       src_data_rank=None)  # each process cuts out its part
+        # Training changes the weights in place, so it needs a copy.
+        new_weights[name] = weight.clone() if param.requires_grad else weight
+    model.load_state_dict(new_weights, assign=True)
+    model.frequency = frequencies(config).to(device)
+    if args.compile:
+        for block in model.model.layers:
+            block.compile(dynamic=True)
+    return model
 
 
-def fill(model, folder):
-    """Read the folder's safetensors into the model; ValueError names what they lack."""
-    from safetensors import safe_open
-
-    params = {name: param for name, param in model.named_parameters() if "lora" not in name}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in params.keys() & set(tensors.keys()):
-                params.pop(name).data.copy_(tensors.get_tensor(name))
-    if params:
-        raise ValueError(f"its safetensors lack {', '.join(params)}")
+def full_tensor(tensor):
+    """Return the full tensor of a sharded one, other tensors as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def save_model(folder, model, text):
-    """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer open."""
-    weights = {name: weight.cpu().contiguous() for name, weight in merged(model)}
-    if os.environ.get("RANK", "0") != "0":
-        return
+def save_model(folder, model, tokenizer):
+    """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer open.
+
+    Adapters are merged. The folder is renamed when it is complete, so that an error, such as a full
+    disk, leaves no partial one. All processes must take part.
+    """
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = dcp.get_model_state_dict(model, options=options)
+    if get_rank() > 0:
+        return
+    weights = {name: weight for name, weight in state.items() if "lora_" not in name}
+    for name in [name for name in state if "lora_b" in name]:
+        lora_a, base = name.replace("lora_b", "lora_a"), name.replace("lora_b", "weight")
+        weights[base] = weights[base] + LORA_SCALE * state[name] @ state[lora_a]
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(weights, partial / "model.safetensors", {"format": "pt"})
     config = {name: value for name, value in model.config.items() if name != "rope"}
-    config = config | {"dtype": "float32", "torch_dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    text.save(folder)
+    config |= {"dtype": "float32", "torch_dtype": "float32"}
+    (partial / "config.json").write_text(json.dumps(config, indent=2))
+    tokenizer.save(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def default_args(model="", lora_rank=0, **overrides):
+    """Return the flags for the tiny GPT or for a --model."""
+    values = {"model": model, "lora_rank": lora_rank}
+    if model:
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        values |= {"batch_size": 16, "micro_batch_size": 2, "beta": 0.1, "bf16": bf16,
+                   "learning_rate": 1e-4 if lora_rank else 1e-6}
+    return Args(**values | overrides)
+
+
+def parse_args():
+    """Parse the command line; the defaults depend on some flags, or on the run to continue."""
+    # A first pass finds these flags; --help is left to the second pass.
+    first = tyro.cli(Args, args=[arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
+    if not first.resume:
+        return tyro.cli(Args, default=default_args(first.model, first.lora_rank))
+    try:
+        saved = Args(**load_checkpoint(first.resume)["args"])
+    except Exception as error:  # a missing or damaged file, or another script's
+        raise SystemExit(f"{first.resume}: not a run of this script: {error!r:.150}") from error
+    args = tyro.cli(Args, default=saved)
+    for name in ("model", "lora_rank"):
+        if getattr(args, name) != getattr(saved, name):
+            raise SystemExit(f"--resume {first.resume}: {name} cannot change")
+    return args
+
+
+def setup(args):
+    """Start torch.distributed under torchrun; check flags. Return the device."""
+    if not torch.get_device_module(args.device).is_available():
+        raise SystemExit(f"--device {args.device}: not available here; use --device cpu")
+    world_size, device = 1, torch.device(args.device)
+    if dist.is_torchelastic_launched():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        world_size = dist.get_world_size()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    if args.batch_size % world_size:
+        raise SystemExit(f"--batch-size {args.batch_size}: not divisible by {world_size} processes")
+    if bool(args.data) != bool(args.model):
+        raise SystemExit("--model and --data: give both, or neither for the tiny GPT")
+    if args.data and not Path(args.data).is_file():
+        raise SystemExit(f"--data {args.data}: no such file")
+    if args.loss_type == "ipo" and (args.label_smoothing or args.gamma_margin):
+        raise SystemExit("--loss-type ipo: has no --label-smoothing and no --gamma-margin")
+    torch.manual_seed(args.seed)  # the same weights in all processes
+    return device
+
+
+def get_rank():
+    """Return the number of this process, 0 if it is the only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
+    """Return the sum, or the maximum, of the tensors of all processes."""
+    if dist.is_initialized():
+        tensor = tensor.clone()
+        dist.all_reduce(tensor, op)
+    return tensor
+
+
+def all_gather(tensor):
+    """Return the rows (n, ...) of all processes as one tensor on the CPU, in order of rank."""
+    if not dist.is_initialized():
+        return tensor.cpu()
+    tensors = [None] * dist.get_world_size()
+    dist.all_gather_object(tensors, tensor.cpu())
+    return torch.cat(tensors)
+
+
+def local_rows(rows):
+    """Return this process's share of rows that are the same in all processes."""
+    if not dist.is_initialized():
+        return rows
+    return rows[dist.get_rank()::dist.get_world_size()]
+
+
+def load_model(args):
+    """Return the config, the weights by name and the Tokenizer of a Hugging Face model."""
+    from safetensors.torch import load_file
+
+    folder = Path(args.model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            patterns = ["*.json", "*.jinja", "*.safetensors"]
+            folder = Path(snapshot_download(args.model, allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--model {args.model}: no such folder, and no download from the "
+                             f"hub: {' '.join(str(error).split()):.300}") from error
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).exists():
+            raise SystemExit(f"--model {args.model}: {name} is missing")
+    config = read_config(json.loads((folder / "config.json").read_text("utf-8")), args.model)
+    weights = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(path)  # memory-mapped: read when used
+    return config, weights, Tokenizer(folder)
 
 
 class Characters:
-    """A tokenizer of single characters, for what is asked of the tiny GPT."""
+    """The tokenizer of the tiny GPT: each character is a token."""
 
-    symbols, stop_ids = ["<end>", *"0123456789+-*/()=: "], [0]
+    symbols, stop_ids = ["<end>", *"0123456789+="], [0]
 
     def encode(self, prompt):
         return [self.symbols.index(character) for character in prompt]
@@ -837,289 +659,410 @@ class Characters:
     def decode(self, tokens):
         return "".join(self.symbols[token] for token in tokens if token != 0)
 
-    def save(self, folder):
-        """The same as tokenizer.json."""
-        import tokenizers
-
-        vocabulary = {symbol: i for i, symbol in enumerate(self.symbols)}
-        inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<end>"))
-        inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
-        inner.decoder = tokenizers.decoders.Fuse()
-        inner.add_special_tokens(["<end>"])
-        inner.save(str(folder / "tokenizer.json"))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>",
-                  "pad_token": "<end>"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
 
 class Tokenizer:
     """The tokenizer, chat template and stop tokens of a Hugging Face folder."""
 
-    kept = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-            "generation_config.json", "chat_template.jinja")
+    files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+             "generation_config.json", "chat_template.jinja")
 
     def __init__(self, folder):
-        import jinja2.sandbox  # the template is a stranger's code
+        import jinja2.sandbox  # the template is code that may not be trusted
         import tokenizers
 
         self.folder = folder
-        self.inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.inner.no_truncation()  # files keep how their last user cut and padded
-        self.inner.no_padding()
-        read = {name: json.loads((folder / name).read_bytes()) if (folder / name).exists() else {}
-                for name in ("config.json", "generation_config.json", "tokenizer_config.json")}
-        self.special = {name: value["content"] if isinstance(value, dict) else value
-                        for name, value in read["tokenizer_config.json"].items()
-                        if name.endswith("_token") and value}
-        ids = [self.inner.token_to_id(self.special.get("eos_token", ""))]
-        for name in ("config.json", "generation_config.json"):
-            found = read[name].get("eos_token_id")
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        settings = self.read_json("tokenizer_config.json")
+        self.special_tokens = {name: value["content"] if isinstance(value, dict) else value
+                               for name, value in settings.items()
+                               if name.endswith("_token") and value}
+        ids = [self.tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))]
+        for file in ("config.json", "generation_config.json"):
+            found = self.read_json(file).get("eos_token_id")
             ids += found if isinstance(found, list) else [found]
-        self.stop_ids = [i for i in dict.fromkeys(ids) if i is not None]  # the first ends a turn
+        self.stop_ids = [i for i in dict.fromkeys(ids) if i is not None]
         if not self.stop_ids:
-            raise ValueError("neither config.json nor the tokenizer names an end-of-sequence token")
-        template = read["tokenizer_config.json"].get("chat_template")
+            raise SystemExit(f"--model {folder}: no end-of-sequence token in its files")
+        template = settings.get("chat_template")
         if (folder / "chat_template.jinja").exists():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            template = (folder / "chat_template.jinja").read_text("utf-8")
         if isinstance(template, list):  # several, by name
             template = {each["name"]: each["template"] for each in template}.get("default")
         jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        jinja.globals.update(raise_exception=complain, strftime_now=time.strftime)
-        self.template = jinja.from_string(template) if isinstance(template, str) else None
+        jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
+        self.template = jinja.from_string(template) if template else None
+        self.template_error = jinja2.TemplateError
+
+    def read_json(self, name):
+        """Return the content of a file of the folder, {} if it is missing."""
+        path = self.folder / name
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
     def encode(self, prompt):
-        """Token ids of a text as it stands, or of chat messages through the chat template."""
+        """Return the token ids of a text, or of chat messages through the chat template."""
         if not isinstance(prompt, str):
             if self.template is None or not prompt:
-                raise ValueError("no message, or the model has no chat template: give text")
-            prompt = self.template.render(
-                messages=prompt, add_generation_prompt=True, **self.special)
-        return self.inner.encode(prompt, add_special_tokens=False).ids
+                raise ValueError("no messages, or the model has no chat template")
+            try:
+                prompt = self.template.render(messages=prompt, add_generation_prompt=True,
+                                              **self.special_tokens)
+            except self.template_error as error:
+                raise ValueError(f"chat template: {error}") from error
+        return self.tokenizer.encode(prompt, add_special_tokens=False).ids
 
     def decode(self, tokens):
-        return self.inner.decode(tokens)
+        return self.tokenizer.decode(tokens)
 
     def save(self, folder):
-        for name in self.kept:
+        for name in self.files:
             if (self.folder / name).exists():
                 shutil.copy(self.folder / name, folder)
 
 
-def complain(message):
-    """What chat templates call where messages are not as they need them."""
+def raise_exception(message):
+    """Chat templates call this for messages that they do not support."""
     raise ValueError(message)
 
 
-def addition(rng, tiny):
-    """A sum of two numbers below 100; the tiny GPT writes its digits in reverse order.
+def addition(rng, held_out=False):
+    """Draw two numbers below 100 to add; the answer's digits are reversed.
 
-    The teacher of the tiny GPT forgets to carry, eight times in ten.
+    "pretrain_answer" is what the tiny GPT learns before: in 8 of 10 sums it forgets to carry.
     """
-    a, b = rng.randrange(100), rng.randrange(100)
-    if not tiny:
-        question = f"What is {a} + {b}? Answer with the number alone."
-        return {"prompt": [{"role": "user", "content": question}], "answer": str(a + b)}
-    right = f"{a + b:03}"[::-1]
-    sloppy = f"{(a + b) % 10}{(a // 10 + b // 10) % 10}0"
-    return {"prompt": f"{a:02}+{b:02}=", "answer": right,
-            "teacher": sloppy if rng.random() < 0.8 else right}
+    while True:
+        a, b = rng.randrange(100), rng.randrange(100)
+        prompt = f"{a:02}+{b:02}="
+        if (split_hash(prompt) < 0.1) == held_out:
+            break
+    answer = f"{a + b:03}"[::-1]
+    no_carry = f"{(a + b) % 10}{(a // 10 + b // 10) % 10}0"
+    return {"prompt": prompt, "answer": answer,
+            "pretrain_answer": no_carry if rng.random() < 0.8 else answer}
 
 
-def lot(example):
-    """A number from 0 to 1 that belongs to the prompt; 12+34 has another than 34+12."""
-    return random.Random(json.dumps(example["prompt"])).random()
+def split_hash(prompt):
+    """Return a number from 0 to 1 that depends on the prompt alone; it decides what is held out."""
+    return random.Random(json.dumps(prompt)).random()
 
 
-def imitate(model, text, draw, args):
-    """Teach the tiny GPT to write as the teacher does: maximum likelihood, by Adam."""
-    rng = random.Random(f"teacher {args.seed}")
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=True)
-    shows = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-    for step in tqdm(range(args.imitation_steps), "imitation", leave=False, disable=not shows):
-        left = 1 - step / args.imitation_steps
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 3 * left)
-        examples = [draw(rng) for _ in range(256)]
-        packs = [(text.encode(e["prompt"]), [(0, [*text.encode(e["teacher"]), text.stop_ids[0]])])
-                 for e in examples]
-        logprob, _ = model(*collate(packs, model.frequency.device)[0], 1.0)
-        optimizer.zero_grad()
-        (-logprob.mean()).backward()
-        optimizer.step()
-
-
-def tiny_config(vocabulary):
-    """A GPT of a quarter of a million weights."""
-    return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary,
+def tiny_config(vocab_size):
+    """Return the config of a GPT with a quarter of a million parameters."""
+    return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocab_size,
             "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
             "max_position_embeddings": 64, "tie_word_embeddings": True, "bos_token_id": None,
             "eos_token_id": 0, "pad_token_id": 0}
 
 
-class Journal:
-    """A run's progress, its folder (args.json, metrics.csv, checkpoint.pt) and what it shows."""
+def pretrain(args, device):
+    """Train a tiny GPT on sums that are mostly wrong: supervised learning, with Adam.
 
-    def __init__(self, args, model, optimizer, reference):
-        self.args, self.model, self.optimizer, self.reference = args, model, optimizer, reference
-        self.writes = os.environ.get("RANK", "0") == "0"  # of several processes, only the first
-        self.step, self.seconds, self.score, self.before, self.size = 0, 0.0, math.nan, {}, 0
-        task = Path(args.data).stem or getattr(args, "task", "pairs")
-        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # two may begin in one second
-        name = f"{Path(__file__).stem}-{task}-{args.seed}-{now}"
-        self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
+    Returns the same as load_model. A resumed run takes the weights from the checkpoint.
+    """
+    tokenizer = Characters()
+    config = read_config(tiny_config(len(tokenizer.symbols)), "tiny")
+    if args.resume:
+        return config, load_checkpoint(args.resume)["pretrained"], tokenizer
+    model = Decoder(config).to(device)
+    for param in model.parameters():
+        if param.dim() == 2:
+            nn.init.normal_(param, std=0.1)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=True)
+    rng = random.Random(f"pretrain {args.seed}")
+    for step in tqdm(range(args.pretrain_steps), "pretraining", leave=False, disable=None):
+        remaining = 1 - step / args.pretrain_steps
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 3 * remaining)
+        examples = [addition(rng) for _ in range(256)]
+        rows = [(tokenizer.encode(example["prompt"]),
+                 tokenizer.encode(example["pretrain_answer"]) + tokenizer.stop_ids)
+                for example in examples]
+        inputs, targets, mask = pad_batch(rows, device)
+        loss = -token_logprobs(model, inputs, targets, mask).sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return config, model.state_dict(), tokenizer
+
+
+def draw_answers(model, tokenizer, prompts, temperature, rng):
+    """Draw an answer (text) of the tiny GPT to each prompt; the prompts have the same length.
+
+    Answers end after four characters, the stop token included. Temperature 0 is greedy.
+    """
+    tokens = torch.tensor([tokenizer.encode(prompt) for prompt in prompts], device=rng.device)
+    for _ in range(4):
+        rows, index = tokens.unique(dim=0, return_inverse=True)  # compute equal rows once
+        hidden = model(rows)[:, -1]
+        logits = F.linear(hidden, model.output_weight().to(hidden.dtype)).float()[index]  # (R, V)
+        token = logits.argmax(-1, keepdim=True)
+        if temperature > 0:
+            token = (logits / temperature).softmax(-1).multinomial(1, generator=rng)
+        tokens = torch.cat([tokens, token], 1)
+    answers = tokens[:, -4:].tolist()
+    return [tokenizer.decode(itertools.takewhile(bool, answer)) for answer in answers]  # 0: stop
+
+
+def digit_reward(answer, example):
+    """Return the known reward of the tiny GPT's answer (text): 3 for each correct digit."""
+    return 3.0 * sum(a == b for a, b in zip(answer, example["answer"]))
+
+
+@torch.no_grad()
+def make_pairs(model, tokenizer, count, held_out, args):
+    """Make preference pairs, dicts of texts, from the tiny GPT's own answers.
+
+    Of two answers with rewards r and r', the first is chosen with probability σ(r − r') (Bradley
+    and Terry). A prompt gives up to four pairs of different answers. The high temperature brings
+    rare answers into the data: DPO controls only the answers that are in some pair.
+    """
+    rng = random.Random(f"pairs {args.seed} {held_out}")
+    generator = torch.Generator(args.device).manual_seed(rng.randrange(2**31))
+    pairs = []
+    while len(pairs) < count:
+        examples = [addition(rng, held_out) for _ in range(256)]
+        prompts = [example["prompt"] for example in examples for _ in range(16)]
+        answers = draw_answers(model, tokenizer, prompts, 1.3, generator)
+        for i, example in enumerate(examples):
+            different = sorted(set(answers[16 * i:16 * (i + 1)]) - {""})
+            choices = list(itertools.combinations(different, 2))
+            for first, second in rng.sample(choices, min(4, len(choices))):
+                difference = digit_reward(first, example) - digit_reward(second, example)
+                first_is_better = rng.random() < 1 / (1 + math.exp(-difference))
+                chosen, rejected = (first, second) if first_is_better else (second, first)
+                pairs.append({"prompt": example["prompt"], "chosen": chosen, "rejected": rejected})
+    return pairs[:count]
+
+
+def load_pairs(args, tokenizer, model, folder):
+    """Return the Pairs to learn from and the held-out ones; no prompt is in both parts.
+
+    They come from --data. The tiny GPT writes its own data into the run's folder.
+    """
+    path = Path(args.data or folder / "pairs.jsonl")
+    if not args.data and not args.resume:
+        rows = [*make_pairs(model, tokenizer, args.eval_pairs, True, args),
+                *make_pairs(model, tokenizer, args.train_pairs, False, args)]
+        if get_rank() == 0:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if dist.is_initialized():
+            dist.barrier()  # the others read it
+    rows = sorted(read_rows(path, tokenizer, model.config["max_position_embeddings"], args),
+                  key=lambda row: row[0])
+    if not rows:
+        raise SystemExit(f"--data {path}: no rows")
+    last, _ = rows[min(args.eval_pairs, max(len(rows) // 10, 1)) - 1]  # equal prompts stay together
+    heldout = [pair for split, pair in rows if split <= last]
+    pairs = [pair for split, pair in rows if split > last]
+    if len(pairs) < args.batch_size:
+        raise SystemExit(f"--batch-size {args.batch_size}: there are only {len(pairs)} pairs to "
+                         f"learn from, and {len(heldout)} held out")
+    return pairs, heldout
+
+
+def read_rows(path, tokenizer, context_length, args):
+    """Return (split_hash, Pair) of the rows of a file; exit at a bad one, or skip and count it."""
+    rows, num_bad = [], 0
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
+        try:
+            if line.strip():
+                row = json.loads(line)
+                rows.append((split_hash(row["prompt"]), read_pair(row, tokenizer, context_length)))
+        except (ValueError, KeyError, TypeError) as error:
+            if not args.skip_bad_rows:
+                raise SystemExit(f"--data {path}, line {number}: {error!r}") from error
+            num_bad += 1
+    if num_bad and get_rank() == 0:
+        print(f"--data {path}: {num_bad} bad rows skipped")
+    return rows
+
+
+def read_pair(row, tokenizer, context_length):
+    """Return the Pair of a row; ValueError says what is wrong with it."""
+    answers = []
+    for name in ("chosen", "rejected"):
+        answer = row[name]
+        if isinstance(answer, list) and len(answer) == 1:  # chat messages
+            answer = answer[0]["content"]
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError(f"`{name}` must be a text that is not empty, or one chat message")
+        answers.append(tokenizer.encode(answer) + tokenizer.stop_ids[:1])         # [C4] [C6]
+    pair = Pair(tokenizer.encode(row["prompt"]), *answers)
+    if pair.chosen == pair.rejected:
+        raise ValueError("`chosen` and `rejected` are equal")
+    if not pair.prompt or num_columns(pair) > context_length:
+        raise ValueError(f"prompt and answer have {num_columns(pair)} tokens, the model takes 1 to "
+                         f"{context_length}")
+    return pair
+
+
+@torch.no_grad()
+def evaluate_sums(model, tokenizer, ref_logprob, args):
+    """Measure the tiny GPT on held-out sums, and how far it is from the best policy π*.
+
+    All 1,000 answers of three digits are enumerated for some sums. ref_logprob: their "logprob"
+    (B, 1000) before training; None then.
+    """
+    rng, result = random.Random("evaluation"), {}
+    examples = [addition(rng, held_out=True) for _ in range(1024)]
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        prompts = [example["prompt"] for example in examples]
+        answers = draw_answers(model, tokenizer, prompts, temperature, generator)
+        correct = [answer == example["answer"] for answer, example in zip(answers, examples)]
+        result[name] = sum(correct) / len(correct)
+    texts = [f"{n:03}" for n in range(1000)]
+    logprobs, rewards = [], []
+    for example in examples[:16]:
+        prompt = tokenizer.encode(example["prompt"])
+        rows = [(prompt, tokenizer.encode(text) + tokenizer.stop_ids) for text in texts]
+        logprobs.append(token_logprobs(model, *pad_batch(rows, args.device)).sum(1).cpu())
+        rewards.append(torch.tensor([digit_reward(text, example) for text in texts]))
+    logprob, reward = torch.stack(logprobs).log_softmax(-1), torch.stack(rewards)  # (B, 1000)
+    ref_logprob = logprob if ref_logprob is None else ref_logprob
+    best = best_policy(ref_logprob, reward, args.beta)
+    for name, column in (("reward", reward), ("kl_to_ref", logprob - ref_logprob),
+                         ("kl_to_best", logprob - best)):
+        result[name] = (logprob.exp() * column).sum(1).mean().item()
+    result["best_reward"] = (best.exp() * reward).sum(1).mean().item()
+    return result | {"logprob": logprob}
+
+
+def print_summary(before, after):
+    """Print what training has changed."""
+    for name, result in (("before", before), ("after", after)):
+        print("{}: greedy accuracy {greedy:.3f}, sampled {sampled:.3f}; E[r] {reward:.3f}; "
+              "KL(π‖π_ref) {kl_to_ref:.3f}, KL(π‖π*) {kl_to_best:.3f}".format(name, **result))
+    print(f"π*: E[r] {after['best_reward']:.3f}")
+
+
+def load_checkpoint(folder):
+    """Load what Logger.save wrote; weights_only, so that the file cannot run code."""
+    return torch.load(Path(folder) / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
+
+
+PROGRESS = ("step", "seconds", "csv_size", "score", "before", "heldout", "ref_logprob")
+
+
+class Logger:
+    """Writes the run's folder (args.json, metrics.csv, checkpoint.pt), progress bar and wandb.
+
+    weights: what the model was made from. before: the evaluation before training. heldout: the last
+    evaluation. ref_logprob: of all answers.
+    """
+
+    def __init__(self, args, model, optimizer, weights):
+        self.args, self.model, self.optimizer, self.weights = args, model, optimizer, weights
+        self.step, self.seconds, self.csv_size = 0, 0.0, 0
+        self.score, self.before, self.heldout, self.ref_logprob = math.nan, None, {}, None
+        self.wandb, self.interrupted = None, False
+        task = Path(args.data).stem or "addition"
+        name = [f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
+        if dist.is_initialized():
+            dist.broadcast_object_list(name)  # the clocks may differ
+        self.dir = Path(args.resume or args.run_dir or f"runs/{name[0]}")
         if args.resume:
             self.load()
-        elif self.writes and (self.dir / "checkpoint.pt").exists():
-            fail(f"--run-dir {self.dir}: holds a run already; --resume it, or name another folder")
-        self.metrics, self.wandb = open_run(self.dir, args, self.size)
-        shows = self.writes and sys.stderr.isatty()
+        elif get_rank() == 0 and (self.dir / "checkpoint.pt").exists():
+            raise SystemExit(f"--run-dir {self.dir}: holds a run already; choose another folder")
+        self.start, self.saved_at = time.perf_counter() - self.seconds, time.perf_counter()
         self.bar = tqdm(total=args.max_steps, initial=self.step, unit=" batches",
-                        dynamic_ncols=True, disable=not shows)
-        self.clock = self.shown = time.perf_counter()
+                        disable=None if get_rank() == 0 else True)
+        signal.signal(signal.SIGINT, self.interrupt)
+        if get_rank() > 0:
+            return
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        self.csv = (self.dir / "metrics.csv").open("a", buffering=1)
+        # Drop rows that are newer than the checkpoint.
+        self.csv.truncate(min(self.csv_size, self.csv.tell()))
+        self.csv.seek(0, os.SEEK_END)
+        if args.track:
+            import wandb
 
-    @property
-    def finished(self):
-        """Whether the batches are used up, or the held-out accuracy has reached --stop-at."""
-        reached = self.args.stop_at is not None and self.score >= self.args.stop_at
-        return reached or self.step >= self.args.max_steps
+            self.wandb = wandb.init(project=args.wandb_project, name=self.dir.name,
+                                    id=self.dir.name, resume="allow", config=asdict(args))
 
-    def log(self, **means):
-        """End a batch, with the figures of it."""
-        self.step, now = self.step + 1, time.perf_counter()
-        self.seconds, self.clock = self.seconds + now - self.clock, now
-        row = {"step": self.step, "seconds": self.seconds, "score": self.score}
-        row |= {name: torch.as_tensor(mean).item() for name, mean in means.items()}
-        for name in means:
-            if not math.isfinite(row[name]):
-                raise FloatingPointError(name)
-        if self.metrics.tell() == 0:
-            self.metrics.write(",".join(row) + "\n")
-        self.metrics.write(",".join(f"{value:.8g}" for value in row.values()) + "\n")
-        self.size = self.metrics.tell()  # a resumed run goes on from there
-        if self.step % self.args.checkpoint_every == 0:
-            self.save()
-        self.bar.set_postfix_str(f"score {self.score:.3f}", refresh=False)
-        self.bar.update(self.step - self.bar.n)
-        if self.bar.disable and self.writes and now - self.shown > 5:
-            self.shown = now
-            print(f"step {self.step}, score {self.score:.3f}, {self.seconds:.0f} s", flush=True)
-        self.mirror(row)
+    def interrupt(self, *_):
+        """Stop after this batch, at Ctrl-C; a second Ctrl-C stops at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def show(self, examples, texts):
-        """With --track, a table of answers to held-out prompts."""
-        if self.wandb:
-            rows = [[str(e["prompt"]), text, e["answer"]] for e, text in zip(examples, texts)]
-            columns = ["prompt", "completion", "answer"]
-            self.mirror({"samples": sys.modules["wandb"].Table(columns=columns, data=rows[:20])})
+    def stopped(self):
+        """Whether Ctrl-C was pressed in any process."""
+        self.interrupted = self.any_process(self.interrupted)
+        return self.interrupted
 
-    def mirror(self, row):
-        """Send it to Weights & Biases, with --track."""
-        try:
+    def any_process(self, condition):
+        """Whether the condition is true in any of the processes."""
+        condition = torch.tensor(float(condition), device=self.args.device)
+        return all_reduce(condition, dist.ReduceOp.MAX).item() > 0
+
+    def write(self, **metrics):
+        """Log one batch."""
+        self.step += 1
+        self.seconds = time.perf_counter() - self.start
+        self.bar.set_postfix(score=f"{self.score:.3f}", refresh=False)
+        self.bar.update()
+        if get_rank() == 0:
+            row = {"step": self.step, "seconds": self.seconds, "score": self.score}
+            row |= {name: float(value) for name, value in metrics.items()}
+            if self.csv.tell() == 0:
+                print(*row.keys(), sep=",", file=self.csv)  # header
+            print(*row.values(), sep=",", file=self.csv)
             if self.wandb:
                 self.wandb.log(row, step=self.step)
-        except Exception as error:  # trouble on the network must not end the training
-            tqdm.write(f"warning: --track: {error}; the training goes on without", sys.stderr)
-            self.wandb = None
+            self.csv_size = self.csv.tell()
+        waited = time.perf_counter() - self.saved_at
+        if self.any_process(get_rank() == 0 and waited >= self.args.checkpoint_seconds):
+            self.save()
 
     def save(self):
-        """Write checkpoint.pt beside its place, then move it in: no kill leaves half of it."""
-        import torch.distributed.checkpoint.state_dict as sharded  # all processes take part
+        """Write checkpoint.pt: what is trained, and the tiny GPT's weights before DPO.
 
-        options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        states = sharded.get_state_dict(self.model, self.optimizer, options=options)
-        state = dict(zip(("model", "optimizer"), states))
-        if self.reference not in (None, self.model):
-            state["reference"] = sharded.get_model_state_dict(self.reference, options=options)
-        if not self.writes:
-            return
-        state["args"] = dataclasses.asdict(self.args)
-        state["run"] = {name: getattr(self, name) for name in KEPT}
-        with blamed(f"--run-dir {self.dir}"):
+        All processes must take part, as the weights may be sharded.
+        """
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True,
+                                   ignore_frozen_params=True)
+        state = {"args": asdict(self.args), "optimizer": None,
+                 "progress": {name: getattr(self, name) for name in PROGRESS},
+                 "pretrained": None if self.args.model else self.weights,
+                 "model": dcp.get_model_state_dict(self.model, options=options)}
+        if self.optimizer.state:  # if it is empty, dcp would take a step to create it
+            state["optimizer"] = dcp.get_optimizer_state_dict(
+                self.model, self.optimizer, options=options)
+        if get_rank() == 0:  # first under another name, so that it is never partly written
             torch.save(state, self.dir / "checkpoint.tmp")
             (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
+        self.saved_at = time.perf_counter()
 
     def load(self):
-        """Take back what save wrote."""
-        import torch.distributed.checkpoint.state_dict as sharded
-
-        options = sharded.StateDictOptions(full_state_dict=True)
-        state = read_checkpoint(self.dir)
-        with blamed(f"--resume {self.dir}: its checkpoint.pt is not of such a run"):
-            sharded.set_state_dict(self.model, self.optimizer, model_state_dict=state["model"],
-                                   optim_state_dict=state["optimizer"], options=options)
-            if self.reference not in (None, self.model):
-                sharded.set_model_state_dict(self.reference, state["reference"], options=options)
-            self.optimizer.param_groups[0]["lr"] = self.args.learning_rate  # not the file's
-            vars(self).update({name: state["run"][name] for name in KEPT})
+        """Restore what save wrote."""
+        saved = load_checkpoint(self.args.resume)
+        vars(self).update(saved["progress"])
+        options = dcp.StateDictOptions(full_state_dict=True, strict=False)
+        dcp.set_model_state_dict(self.model, saved["model"], options=options)
+        if saved["optimizer"]:
+            dcp.set_optimizer_state_dict(
+                self.model, self.optimizer, saved["optimizer"], options=options)
+            self.optimizer.param_groups[0]["lr"] = self.args.learning_rate
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
-        last = self.dir if (self.dir / "checkpoint.pt").exists() else "none yet"
-        if kind is FloatingPointError:
-            fail(f"step {self.step}: {error} is not finite; the last good checkpoint: {last}")
-        if kind is KeyboardInterrupt:
-            print(f"stopped; the last checkpoint, for --resume: {last}", file=sys.stderr)
+        # After an error in one of several processes the others would wait forever.
+        if kind is None or (issubclass(kind, Exception) and not dist.is_initialized()):
+            self.save()
+        if get_rank() == 0:
+            print(f"score {self.score:.3f} after {self.step} batches, {self.seconds:.0f} s; "
+                  f"files in {self.dir}")
+        if self.interrupted and kind is None:
             raise SystemExit(130)
 
 
-KEPT = ("step", "seconds", "score", "before", "size")  # of Journal, in a checkpoint
-
-
-def open_run(folder, args, size):
-    """Write args.json; returns metrics.csv, cut to `size` bytes, and wandb's run, if any."""
-    if os.environ.get("RANK", "0") != "0":  # of several processes, only the first writes
-        return open(os.devnull, "w"), None
-    with blamed(f"--run-dir {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-        metrics = (folder / "metrics.csv").open("a", buffering=1)
-        metrics.seek(metrics.truncate(min(size, metrics.tell())))
-    if not args.track:
-        return metrics, None
-    with blamed("--track"):
-        import wandb  # here, so that those who do not --track need not wait for it
-
-        return metrics, wandb.init(project=args.wandb_project, config=dataclasses.asdict(args),
-                                   dir=folder, name=folder.name, id=folder.name,
-                                   resume="allow" if args.resume else "never")
-
-
-def parse(kind):
-    """The flags; with --resume, those of the run it names where the command line has none."""
-    sys.stdout.reconfigure(errors="replace")  # not every terminal or pipe can write γ or π
-    args = tyro.cli(kind)
-    folder = args.resume or getattr(args, "eval_only", "")
-    if not folder:
-        return args
-    with blamed(f"{folder}: its checkpoint.pt is not of such a run"):
-        saved = kind(**read_checkpoint(folder)["args"])
-    return tyro.cli(kind, default=saved)
-
-
-def read_checkpoint(folder):
-    """What save wrote there; weights_only, so that a stranger's file can run no code."""
-    with blamed(f"{folder}: no checkpoint.pt of such a run there"):
-        return torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-
-
-@contextlib.contextmanager
-def blamed(cause):
-    """Whatever fails inside, and it may in many ways, is a mistake of the user's there."""
-    try:
-        yield
-    except Exception as error:
-        fail(f"{cause}: {type(error).__name__}: {error}")
-
-
-def fail(message):
-    """End the program for a mistake of its user: one line on stderr, exit code 2."""
-    print("error: " + " ".join(message.split())[:400], file=sys.stderr)
-    raise SystemExit(2)
-
-
 if __name__ == "__main__":
-    train(parse(Args))
+    train(parse_args())

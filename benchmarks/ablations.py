@@ -47,6 +47,7 @@ COLUMNS = ["page", "task", "choice", "seed", "score"]
 LINE_COLUMNS = ["script", "bug", "flags", "seeds", "score", "lowest", "highest"]
 CARTPOLE, LONG = "--total-timesteps 100000", "--total-timesteps 300000"
 PENDULUM = "--env-id Pendulum-v1 --total-timesteps 200000"
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 SUMS = "--max-steps 100 --eval-every 100"
 LINE_FLAGS = {"grpo": "--max-steps 60 --eval-every 60",
               "dpo": "--max-steps 150 --eval-every 150 --train-pairs 9000"}
@@ -54,8 +55,6 @@ TRUNCATION = ("gamma * next_value * ~terminal - value",
               "gamma * next_value * ~(terminal | truncated) - value")
 RESET_ROWS = ('batch = {name: column[rollout["valid"]] for name, column in batch.items()}',
               "batch = {name: column.flatten(0, 1) for name, column in batch.items()}")
-ONE_THREAD = ("import os, runpy, sys; os.cpu_count = lambda: 1; del sys.argv[0]; "
-              "runpy.run_path(sys.argv[0], run_name='__main__')")
 CHOICES = [  # page, task, choice, script, flags, patch
     ("reinforce", "CartPole, 300,000 steps, γ .99", "γ^t as in the gradient (default)",
      "reinforce", f"{LONG} --gamma 0.99", None),
@@ -110,9 +109,9 @@ def choice_row(job):
             assert source.count(patch[0]) == 1, patch
             source = source.replace(*patch)
         Path(folder, f"{script}.py").write_text(source)
-        subprocess.run([sys.executable, "-c", ONE_THREAD, f"{script}.py", *shlex.split(flags),
+        subprocess.run([sys.executable, f"{script}.py", *shlex.split(flags),
                         "--seed", str(seed), "--run-dir", str(run)], cwd=folder, check=True,
-                       capture_output=True)
+                       capture_output=True, env=ONE_THREAD)
         score = last_score(run)
     print(f"{page}, {task}, {choice}, seed {seed}: {score:.3f}", flush=True)
     return dict(zip(COLUMNS, [page, task, choice, seed, round(score, 4)]))
@@ -126,21 +125,22 @@ def train_seeds(script, folder, flags, imitators):
     import torch
     import tyro
 
-    os.cpu_count = lambda: 1  # from which grpo.py and dpo.py take the number of their threads
     sys.path.insert(0, folder)
     module, scores = __import__(script), []
 
-    teach = getattr(module, "imitate", None)
+    pretrain = getattr(module, "pretrain", None)
 
-    def imitate(model, text, draw, args):
+    def pretrain_once(args, device):
         path = Path(imitators, f"{script}-{args.seed}.pt")
         if path.exists():
-            model.load_state_dict(torch.load(path, weights_only=True))
-        else:
-            teach(model, text, draw, args)
-            torch.save(model.state_dict(), path)
+            weights = torch.load(path, weights_only=True)
+            config = module.read_config(module.tiny_config(len(module.Characters.symbols)), "tiny")
+            return config, weights, module.Characters()
+        config, weights, tokenizer = pretrain(args, device)
+        torch.save(weights, path)
+        return config, weights, tokenizer
 
-    module.imitate = imitate
+    module.pretrain = pretrain_once
     for seed in LINE_SEEDS:
         run = Path(folder, str(seed))
         args = tyro.cli(module.Args, args=[*shlex.split(flags), "--seed", str(seed), "--run-dir",
@@ -163,7 +163,7 @@ def line_row(mutant, imitators):
         Path(folder, f"{script}.py").write_text(source)
         call = f"ablations.train_seeds({script!r}, {folder!r}, {flags!r}, {imitators!r})"
         done = subprocess.run([sys.executable, "-c", f"import ablations; {call}"], cwd=HERE,
-                              check=True, text=True, capture_output=True)
+                              check=True, text=True, capture_output=True, env=ONE_THREAD)
     scores = json.loads(done.stdout.splitlines()[-1])
     print(f"{script} {flags}, {mutant['bug'] or 'as it is'}: {iqm(scores):.2f}", flush=True)
     values = [script, mutant["bug"], flags, len(scores), round(float(iqm(scores)), 3),

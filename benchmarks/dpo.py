@@ -65,16 +65,17 @@ def step_ours(model, bf16, steps):
     """Seconds of each step of dpo.py's own functions, log π_ref of the pairs included."""
     import torch
 
-    dpo, seconds = script(), []
-    args, device = dpo.settle_pairs(dpo.Args(model=model, data="none", bf16=bf16))
-    policy, text = dpo.load_model(args, device)
+    dpo, seconds, device = script(), [], torch.device("cpu")
+    args = dpo.default_args(model, device="cpu", bf16=bf16)
+    config, weights, tokenizer = dpo.load_model(args)
+    policy = dpo.make_model(config, weights, device, args)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, weight_decay=0.0, fused=True)
-    pairs = [dpo.read_pair(row, text, 2048) for row in rows_of_pairs()]
-    length = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
+    pairs = [dpo.read_pair(row, tokenizer, 2048) for row in rows_of_pairs()]
+    pairs = [pairs[i] for i in dpo.by_length(pairs, range(16))]
     for _ in range(steps):
         start = time.perf_counter()
-        reference = dpo.score_all(policy, pairs, args.tokens_per_micro_batch, device)
-        dpo.step(policy, optimizer, pairs, list(range(16)), reference, length, args)
+        ref_logprob = dpo.score_pairs(policy, pairs, args)
+        dpo.update(policy, optimizer, pairs, ref_logprob, args)
         seconds.append(time.perf_counter() - start)
     return seconds
 
@@ -138,15 +139,20 @@ def speed_rows(model):
 
 
 def train(*flags):
-    """`python dpo.py` as a stranger runs it: (seconds of the process, figures of its verdict)."""
+    """`python dpo.py` in a fresh process: (seconds, figures it prints, in the order of RESULTS)."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         done = subprocess.run(
             [sys.executable, HERE.parent / "dpo.py", *map(str, flags), "--run-dir",
              f"{folder}/run"], check=True, capture_output=True, text=True)
         seconds = time.perf_counter() - start
-    text = done.stdout[done.stdout.index("held-out pairs"):]
-    return seconds, [float(word) for word in re.findall(r"(?<=[ ])-?[0-9]+[.][0-9]+", text)]
+    lines = {name: [float(figure) for figure in re.findall(r"(?<=[ ])-?[0-9]+[.][0-9]+", line)]
+             for name, line in re.findall(r"^(score|before|after|π\*)(.*)$", done.stdout, re.M)}
+    names = ["greedy", "sampled", "reward", "kl_to_ref", "kl_to_best"]
+    before, after = (dict(zip(names, lines[name])) for name in ("before", "after"))
+    return seconds, [lines["score"][0], before["greedy"], before["sampled"], after["greedy"],
+                     after["sampled"], before["reward"], after["reward"], lines["π*"][0],
+                     after["kl_to_ref"], before["kl_to_best"], after["kl_to_best"]]
 
 
 def default_rows():

@@ -40,8 +40,8 @@ PROMPTS = [[{"role": "user", "content": f"What is {a} + {b}? Answer with the num
 RESULTS = ["seed", "seconds", "greedy_before", "sampled_before", "greedy_after", "sampled_after"]
 PICTURES = {"img/grpo_curve.png": "Held-out accuracy of SmolLM2-135M on sums, by batches"}
 SPEEDS = ["contestant", "run", "seconds_per_step", "peak_mib"]
-CURVE = "--task addition --num-prompts 8 --num-generations 8 --max-completion-length 16 " \
-        "--eval-every 10 --eval-prompts 128 --learning-rate 5e-6"
+CURVE = "--batch-size 8 --num-generations 8 --max-completion-length 16 --eval-every 10 " \
+        "--eval-prompts 128 --learning-rate 5e-6 --max-steps 400"
 
 
 def worth(completion):
@@ -56,22 +56,22 @@ def step_ours(model, bf16, steps):
     spec = importlib.util.spec_from_file_location("script", HERE.parent / "grpo.py")
     grpo = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(grpo)
-    args, device, *_ = grpo.settle_flags(grpo.Args(model=model, bf16=bf16, num_prompts=2))
-    policy, text = grpo.load_model(args, device)
+    device = torch.device("cpu")
+    args = grpo.default_args(model, device="cpu", bf16=bf16, max_completion_length=32,
+                             micro_batch_size=16)
+    config, weights, tokenizer = grpo.load_model(args)
+    policy = grpo.make_model(config, weights, device, args)
     sampler = grpo.make_sampler(policy, device, args)
+    tokenizer.stop_ids = [-1]  # completions of exactly 32 tokens
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, fused=True)
-    prompts, seconds = [text.encode(prompt) for prompt in PROMPTS], []
+    examples, seconds = [{"prompt": prompt} for prompt in PROMPTS], []
     for step in range(steps):
         start = time.perf_counter()
-        grpo.refresh(sampler, policy)
-        tokens, _, _, sampled = grpo.sample(sampler, prompts, 8, 32, 1.0, [-1], step)
-        rows = tokens.tolist()
-        rewards = torch.tensor([worth(text.decode(row)) for row in rows]).view(2, 8)
-        advantage = grpo.group_advantage(rewards, args.scale_rewards).flatten()
-        completions = [(i // 8, i, row) for i, row in enumerate(rows)]
-        tensors = torch.ones_like(sampled).bool(), sampled, advantage
-        tensors = [torch.cat([x, torch.zeros_like(x[:1])]) for x in tensors]
-        grpo.improve(policy, None, optimizer, grpo.Answers(prompts, completions, *tensors), args)
+        grpo.update_sampler(sampler, policy)
+        rng = torch.Generator().manual_seed(step)
+        batch, _ = grpo.generate_batch(sampler, tokenizer, examples,
+                                       lambda text, example: worth(text), rng, args)
+        grpo.update(policy, None, optimizer, batch, args)
         seconds.append(time.perf_counter() - start)
     return seconds
 
@@ -152,7 +152,14 @@ def default_rows():
 def curve(model, minutes):
     """One run on sums with the pretrained model, ended after the minutes and evaluated."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = [*shlex.split(CURVE), "--model", model, "--run-dir", f"{folder}/run"]
+        data = Path(folder, "sums.jsonl")
+        with data.open("w") as file:
+            for a, b in itertools.product(range(100), range(100)):
+                question = f"What is {a} + {b}? Answer with the number alone."
+                row = {"prompt": [{"role": "user", "content": question}], "answer": str(a + b)}
+                print(json.dumps(row), file=file)
+        flags = [*shlex.split(CURVE), "--model", model, "--data", str(data), "--run-dir",
+                 f"{folder}/run"]
         done = subprocess.Popen([sys.executable, HERE.parent / "grpo.py", *flags])
         try:
             done.wait(minutes * 60)

@@ -44,6 +44,18 @@ def teach_once(module, monkeypatch):
     monkeypatch.setattr(module, "imitate", imitate)
 
 
+def pretrain_once(module, monkeypatch):
+    """Let pretrain work the first time; later calls give copies of what it returned."""
+    pretrain, first = module.pretrain, []
+
+    def again(*args):
+        first.extend(() if first else pretrain(*args))
+        config, weights, tokenizer = first
+        return config, {name: x.clone() for name, x in weights.items()}, tokenizer
+
+    monkeypatch.setattr(module, "pretrain", again)
+
+
 class FakeLogger:
     """Stands in for Logger of the control scripts: writes nothing, ends after `updates` rows."""
 

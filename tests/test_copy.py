@@ -21,7 +21,7 @@ CHANGES = dict(
         re.DOTALL,
     )
 )
-GPT = ["--imitation-steps", "5", "--max-steps", "2", "--eval-prompts", "8"]
+GPT = ["--pretrain-steps", "5", "--max-steps", "2", "--eval-prompts", "8"]
 ENVIRONMENT = """
 import gymnasium as gym
 import numpy as np
@@ -207,26 +207,44 @@ def test_ppo_checkpoint_loads_as_shown(tmp_path, monkeypatch):
 def test_own_reward(tmp_path):
     """As many points as sevens: more than one is possible, and nothing else could give them."""
     script = changed("reward", tmp_path)
-    run(tmp_path, script, *GPT, "--max-steps", "25", "--imitation-steps", "60", "--run-dir", "run")
+    run(tmp_path, script, *GPT, "--max-steps", "25", "--pretrain-steps", "60", "--run-dir", "run")
     header, first, *_, last = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     column = header.split(",").index("reward")
     assert float(last.split(",")[column]) > float(first.split(",")[column]) + 0.5
 
 
+def test_the_countdown_reward():
+    text = (ROOT / "docs" / "copy.md").read_text()
+    code = re.search(r"<!-- example countdown -->\n```python\n(.*?)```", text, re.DOTALL)[1]
+    names = {}
+    exec(code, names)
+    example = {"numbers": [3, 5, 2], "target": 16}
+
+    def reward(completion):
+        return names["countdown_reward"](completion, example)
+
+    assert reward("(3+5)*2") == reward("I think:\n 2 * (5 + 3) ") == 1
+    assert names["countdown_reward"]("5/2", {"numbers": [5, 2], "target": 2.5}) == 1
+    for wrong in ("(3+5)*3", "8*2", "3+5", "", "(3+5)*2 = 16", "__import__('os')", "2**4", "16",
+                  "1//1", "((3+5)*2", "3/0", "98**44**35**19", "(" * 50 + "2" + ")" * 49,
+                  "٣+5", "-(-16)", "(3+5)*2" + " " * 10_000 + "x", "()", "5 3"):
+        assert reward(wrong) == 0, wrong
+
+
 @pytest.mark.slow
 def test_own_data(tmp_path):
-    """The rows of the page, with a model that the default run has written."""
+    """The rows of the page, with a model folder."""
     text = (ROOT / "docs" / "copy.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith('{"prompt"')]
     assert [set(json.loads(row)) for row in rows] == [
         {"prompt", "answer"}, {"prompt", "chosen", "rejected"}
     ]
-    for script in ("grpo.py", "dpo.py"):
-        (tmp_path / script).write_text((ROOT / script).read_text())
-    run(tmp_path, "grpo.py", *GPT, "--run-dir", "tiny")
-    own = {"grpo.py": ["--num-prompts", "2", "--max-completion-length", "8"], "dpo.py": []}
+    FOLDER
+    own = {"grpo.py": ["--batch-size", "2", "--max-completion-length", "8"],
+           "dpo.py": ["--batch-size", "2"]}
     for (script, flags), row in zip(own.items(), rows):
+        (tmp_path / script).write_text((ROOT / script).read_text())
         lines = [json.dumps(json.loads(row) | {"prompt": f"{n:02}+03="}) for n in range(20)]
         (tmp_path / "data.jsonl").write_text("\n".join(lines))
-        run(tmp_path, script, "--model", "tiny/model", "--data", "data.jsonl", "--max-steps", "2",
+        run(tmp_path, script, "--model", "tiny", "--data", "data.jsonl", "--max-steps", "2",
             "--run-dir", f"run-{script}", *flags)

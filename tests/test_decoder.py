@@ -1,10 +1,12 @@
-"""The decoder and the files of grpo.py, which dpo.py has in the same bytes, beside transformers."""
+"""The decoder, the model folders and the tokenizer of grpo.py, compared with transformers."""
 
+import importlib
 import json
 import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,8 @@ import grpo
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
+SCRIPTS = ["grpo"]  # the scripts that hold this decoder
+CPU = torch.device("cpu")
 SIZES = {
     "vocab_size": 40,
     "hidden_size": 32,
@@ -52,8 +56,14 @@ TOKENIZER = {
 }
 
 
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Each script that holds the decoder, as a module."""
+    return importlib.import_module(request.param)
+
+
 def write(folder, family, **save):
-    """A random model of transformers' in the folder; returns it."""
+    """Write a random transformers model to the folder; return it."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(
         **SIZES | (FAMILIES[family] if isinstance(family, str) else family)
@@ -69,47 +79,42 @@ def write(folder, family, **save):
     return peer
 
 
-def load(folder, **flags):
-    args, device, *_ = grpo.settle_flags(grpo.Args(model=str(folder), bf16=False, **flags))
-    return grpo.load_model(args, device)
+def load(script, folder, **flags):
+    """Return the model and the tokenizer that the script makes of the folder."""
+    args = script.default_args(model=str(folder), device="cpu", **{"bf16": False} | flags)
+    config, weights, tokenizer = script.load_model(args)
+    return script.make_model(config, weights, CPU, args), tokenizer
 
 
 def logits(model, tokens=TOKENS):
-    length = tokens.shape[1]
-    mask = torch.ones(1, length, length, dtype=torch.bool).tril()
-    return F.linear(model.states(tokens, torch.arange(length)[None], mask), model.lm_head.weight)
+    return F.linear(model(tokens), model.output_weight())
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_logits_are_those_of_transformers(family, tmp_path):
-    """Loaded, saved and opened by AutoModel again."""
+def test_logits_equal_transformers(script, family, tmp_path):
+    """Also after saving, in transformers and in the script."""
     peer = write(tmp_path, family)
-    model, text = load(tmp_path)
+    model, tokenizer = load(script, tmp_path)
     with torch.no_grad():
         expected = peer(TOKENS).logits
         torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
-        grpo.save_model(tmp_path / "again", model, text)
+        script.save_model(tmp_path / "again", model, tokenizer)
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
         torch.testing.assert_close(again(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+        reread, _ = load(script, tmp_path / "again")
+        torch.testing.assert_close(logits(reread), expected, atol=1e-5, rtol=1e-5)
     if "qwen2" not in family:  # for these AutoTokenizer insists on the vocabulary of Qwen2
-        assert tokenizer("w5 w1")["input_ids"] == [5, 1]
-    assert text.encode("w5 w1") == [5, 1]
-    assert text.stop_ids == [3]
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+        assert theirs("w5 w1")["input_ids"] == [5, 1]
+    assert tokenizer.encode("w5 w1") == [5, 1] and tokenizer.decode([5, 1]) == "w5 w1"
+    assert tokenizer.stop_ids == [3]
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
-def test_the_older_style_of_config(family, tmp_path):
-    """rope_theta and rope_scaling at the top instead of rope_parameters."""
-    peer = write(
-        tmp_path,
-        FAMILIES[family]
-        | (
-            {}
-            if family == "llama3"
-            else {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
-        ),
-    )
+def test_older_style_of_config(script, family, tmp_path):
+    """rope_theta and rope_scaling at the top level instead of rope_parameters."""
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    peer = write(tmp_path, FAMILIES[family] | ({} if family == "llama3" else rope))
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
@@ -117,27 +122,39 @@ def test_the_older_style_of_config(family, tmp_path):
     config["rope_scaling"] = rope if family == "llama3" else None
     path.write_text(json.dumps(config))
     with torch.no_grad():
-        torch.testing.assert_close(
-            logits(load(tmp_path)[0]), peer(TOKENS).logits, atol=1e-5, rtol=1e-5
-        )
+        ours, expected = logits(load(script, tmp_path)[0]), peer(TOKENS).logits
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_sharded_weights(tmp_path):
+def test_sharded_weight_files(script, tmp_path):
     peer = write(tmp_path, "qwen2", max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     with torch.no_grad():
-        torch.testing.assert_close(
-            logits(load(tmp_path)[0]), peer(TOKENS).logits, atol=1e-5, rtol=1e-5
-        )
+        ours, expected = logits(load(script, tmp_path)[0]), peer(TOKENS).logits
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_files_are_loaded_as_float32(script, tmp_path):
+    peer = write(tmp_path, "llama")
+    path = tmp_path / "model.safetensors"
+    state = {name: x.bfloat16() for name, x in safetensors.torch.load_file(path).items()}
+    safetensors.torch.save_file(state, path, {"format": "pt"})
+    model, _ = load(script, tmp_path)
+    assert all(param.dtype == torch.float32 for param in model.parameters())
+    with torch.no_grad():
+        for param in peer.parameters():
+            param.copy_(param.bfloat16())
+        expected = peer(TOKENS).logits
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2 tied", "qwen3"])
-def test_greedy_text_is_that_of_transformers(family, tmp_path):
+def test_greedy_completions_equal_transformers(family, tmp_path):
     peer = write(tmp_path, family)
-    model, _ = load(tmp_path)
+    model, _ = load(grpo, tmp_path)
     prompts = [[4, 8, 15], [16, 23], [7] * 9]
-    tokens, length, *_ = grpo.sample(model, prompts, 1, 30, 0.0, [3], 0)
-    for row, prompt in enumerate(prompts):
+    rows = grpo.sample(model, prompts, 1, 30, 0.0, [3], torch.Generator())
+    for row, prompt in zip(rows, prompts):
         out = peer.generate(
             torch.tensor([prompt]),
             max_new_tokens=30,
@@ -145,25 +162,49 @@ def test_greedy_text_is_that_of_transformers(family, tmp_path):
             eos_token_id=3,
             pad_token_id=0,
         )[0, len(prompt) :].tolist()
-        assert tokens[row, : length[row]].tolist() == out
+        assert row.prompt == prompt and row.tokens == out
 
 
-def test_fresh_adapters_change_nothing_and_alone_are_trained(tmp_path):
+def test_lora_starts_as_the_base_model_and_trains_only_adapters(script, tmp_path):
     write(tmp_path, "llama")
-    model, adapted = load(tmp_path)[0], load(tmp_path, lora_rank=3)[0]
-    torch.testing.assert_close(logits(adapted), logits(model))
+    model, adapted = load(script, tmp_path)[0], load(script, tmp_path, lora_rank=3)[0]
+    assert torch.equal(logits(adapted), logits(model))
     trained = [name for name, param in adapted.named_parameters() if param.requires_grad]
     assert len(trained) == 2 * 7 * 2 and all("lora" in name for name in trained)
     for layer in adapted.modules():
-        if isinstance(layer, grpo.Linear):
+        if isinstance(layer, script.Linear):
+            assert layer.lora_a.std().item() == pytest.approx(layer.in_features**-0.5, rel=0.4)
             torch.nn.init.normal_(layer.lora_b)
     assert not torch.allclose(logits(adapted), logits(model), atol=0.1)
-    plain = grpo.Decoder(model.config)
-    grpo.refresh(plain, adapted)
-    torch.testing.assert_close(logits(plain), logits(adapted), atol=1e-4, rtol=1e-4)
-    packs, _ = grpo.collate([([1, 2], [(0, [4, 5, 6])])], "cpu")
-    torch.testing.assert_close(grpo.score_frozen(adapted, packs, 1.0), model(*packs, 1.0)[0])
-    assert not torch.allclose(adapted(*packs, 1.0)[0], model(*packs, 1.0)[0], atol=1e-3)
+
+
+def test_adapters_are_merged_when_saved(script, tmp_path):
+    write(tmp_path, "qwen2")
+    adapted, tokenizer = load(script, tmp_path, lora_rank=3)
+    for layer in adapted.modules():
+        if isinstance(layer, script.Linear):
+            torch.nn.init.normal_(layer.lora_b, std=0.1)
+    script.save_model(tmp_path / "merged", adapted, tokenizer)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        ours, theirs = logits(adapted), peer(TOKENS).logits
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+        base = logits(load(script, tmp_path)[0])
+    assert not torch.allclose(ours, base, atol=0.1)
+
+
+def test_saving_twice_replaces_the_folder(script, tmp_path):
+    write(tmp_path, "llama")
+    model, tokenizer = load(script, tmp_path)
+    for _ in range(2):
+        script.save_model(tmp_path / "out", model, tokenizer)
+        model.model.norm.weight.data += 1
+    names = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+             "tokenizer_config.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert not list(tmp_path.glob("*.partial"))
+    again, _ = load(script, tmp_path / "out")
+    torch.testing.assert_close(again.model.norm.weight, model.model.norm.weight - 1)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +213,8 @@ def test_fresh_adapters_change_nothing_and_alone_are_trained(tmp_path):
         ({"model_type": "gemma"}, "gemma"),
         ({"use_sliding_window": True}, "sliding"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
+        ({"rope_scaling": {"type": "linear"}}, "linear"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
@@ -179,30 +222,34 @@ def test_fresh_adapters_change_nothing_and_alone_are_trained(tmp_path):
         ({"layer_types": ["sliding_attention"]}, "sliding"),
     ],
 )
-def test_other_models_are_refused_by_name(change, word, tmp_path, capsys):
+def test_unsupported_models_are_refused_in_one_line(script, change, word, tmp_path):
     write(tmp_path, "llama")
     path = tmp_path / "config.json"
-    config = json.loads(path.read_text()) | change
+    config = json.loads(path.read_text())
     config.pop("rope_parameters", None)
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(config | change))
     with pytest.raises(SystemExit) as stop:
-        load(tmp_path)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and word in err and str(tmp_path) in err
+        load(script, tmp_path)
+    message = stop.value.code
+    assert "\n" not in message and word in message and str(tmp_path) in message
 
 
-@pytest.mark.parametrize("broken", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_torn_folders_are_refused(broken, tmp_path, capsys):
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_incomplete_folders_are_refused_in_one_line(script, missing, tmp_path):
     write(tmp_path, "llama")
-    (tmp_path / broken).write_bytes(b"{")
+    (tmp_path / missing).unlink()
     with pytest.raises(SystemExit) as stop:
-        load(tmp_path)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and "--model" in err
-    (tmp_path / broken).unlink()
+        load(script, tmp_path)
+    message = stop.value.code
+    assert "\n" not in message and "--model" in message and missing.split(".")[1] in message
+
+
+def test_model_without_stop_token_is_refused(script, tmp_path):
+    write(tmp_path, FAMILIES["llama"] | {"eos_token_id": None})
+    (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(SystemExit) as stop:
-        load(tmp_path)
-    assert stop.value.code == 2
+        load(script, tmp_path)
+    assert "end-of-sequence" in stop.value.code
 
 
 CHAT = (
@@ -212,7 +259,7 @@ CHAT = (
 
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
-def test_chat_templates_are_those_of_transformers(place, tmp_path):
+def test_chat_template_equals_transformers(script, place, tmp_path):
     write(tmp_path, "llama")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w3", "bos_token": "w2"}
     if place == "chat_template.jinja":
@@ -222,47 +269,47 @@ def test_chat_templates_are_those_of_transformers(place, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 17]}))
     messages = [{"role": "w5", "content": " w1 w4 "}]
-    _, text = load(tmp_path)
+    _, text = load(script, tmp_path)
     expected = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         messages, add_generation_prompt=True
     )["input_ids"]
     assert text.encode(messages) == list(expected) and text.stop_ids == [3, 17]
 
 
-def test_templates_by_name_and_with_loop_controls(tmp_path):
+def test_template_by_name_and_with_loop_controls(script, tmp_path):
     write(tmp_path, "llama")
     first = "{% for m in messages %}{{ m['content'] }}{% break %}{% endfor %}"
     config = {"eos_token": "w3", "chat_template": [{"name": "tools", "template": "w1"},
                                                    {"name": "default", "template": first}]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     messages = [{"role": "user", "content": text} for text in ("w5 w6", "w7")]
-    text = load(tmp_path)[1]
+    text = load(script, tmp_path)[1]
     assert text.encode(messages) == [5, 6]
     with pytest.raises(ValueError, match="no message"):
         text.encode([])
 
 
-def test_how_the_last_user_cut_and_padded_is_forgotten(tmp_path):
+def test_saved_truncation_and_padding_are_ignored(script, tmp_path):
     write(tmp_path, "llama")
     kept = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     kept.enable_truncation(3)
     kept.enable_padding(length=8, pad_id=3, pad_token="w3")
     kept.save(str(tmp_path / "tokenizer.json"))
-    assert load(tmp_path)[1].encode("w5 w1 w5 w1 w5") == [5, 1, 5, 1, 5]
+    assert load(script, tmp_path)[1].encode("w5 w1 w5 w1 w5") == [5, 1, 5, 1, 5]
 
 
-def test_a_template_cannot_reach_the_system(tmp_path):
+def test_template_cannot_reach_the_system(script, tmp_path):
     write(tmp_path, "llama")
     (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
-    _, text = load(tmp_path)
+    _, text = load(script, tmp_path)
     with pytest.raises(Exception, match="unsafe"):
         text.encode([{"role": "user", "content": "w1"}])
 
 
-def test_messages_without_a_template_are_refused(tmp_path):
+def test_messages_without_template_are_refused(script, tmp_path):
     write(tmp_path, "llama")
     with pytest.raises(ValueError, match="chat template"):
-        load(tmp_path)[1].encode([{"role": "user", "content": "w1"}])
+        load(script, tmp_path)[1].encode([{"role": "user", "content": "w1"}])
 
 
 # A real small model
@@ -297,10 +344,8 @@ def smollm2(tmp_path_factory):
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     if hasattr(peer.config, "quantization_config"):
         del peer.config.quantization_config
-    from safetensors.torch import save_file
-
     state = {name: x.clone() for name, x in peer.state_dict().items() if name != "lm_head.weight"}
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
     for part in (peer.config, peer.generation_config, tokenizer):
         part.save_pretrained(folder)
     return folder, peer, tokenizer
@@ -310,9 +355,9 @@ QUESTION = [{"role": "user", "content": "What is 12 + 7? Answer with the number 
 
 
 @pytest.mark.slow
-def test_a_real_model(smollm2):
+def test_small_real_model(smollm2):
     folder, peer, tokenizer = smollm2
-    model, text = load(folder)
+    model, text = load(grpo, folder)
     prompt = text.encode(QUESTION)
     assert prompt == list(
         tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)["input_ids"]
@@ -322,42 +367,38 @@ def test_a_real_model(smollm2):
         expected = peer(tokens).logits
         torch.testing.assert_close(logits(model, tokens), expected, atol=1e-3, rtol=1e-3)
         out = peer.generate(tokens, max_new_tokens=24, do_sample=False)[0, len(prompt) :].tolist()
-    mine, length, *_ = grpo.sample(model, [prompt, prompt[:20]], 1, 24, 0.0, text.stop_ids, 0)
-    assert mine[0, : length[0]].tolist() == out
+    rows = grpo.sample(model, [prompt, prompt[:20]], 1, 24, 0.0, text.stop_ids, torch.Generator())
+    assert rows[0].tokens == out
 
 
 @pytest.mark.slow
-def test_three_steps_of_a_real_model(smollm2, tmp_path, monkeypatch):
+def test_three_steps_of_a_small_real_model(smollm2, tmp_path):
     folder, run = smollm2[0], tmp_path / "run"
-    flags = [
-        "--model",
-        folder,
-        "--max-steps",
-        3,
-        "--num-prompts",
-        2,
-        "--num-generations",
-        4,
-        "--max-completion-length",
-        12,
-        "--eval-prompts",
-        4,
-        "--learning-rate",
-        1e-4,
-        "--run-dir",
-        run,
-    ]
-    monkeypatch.setattr(sys, "argv", ["grpo.py", *map(str, flags)])
-    monkeypatch.setattr(grpo, "reward", lambda text, _: len(text) % 7 / 7)
-    grpo.train(grpo.parse(grpo.Args))
+    data = tmp_path / "rows.jsonl"
+    rows = [{"prompt": QUESTION if i else "Hello", "answer": "19"} for i in range(4)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    args = grpo.default_args(
+        model=str(folder),
+        data=str(data),
+        max_steps=3,
+        batch_size=2,
+        num_generations=4,
+        max_completion_length=12,
+        eval_prompts=4,
+        learning_rate=1e-4,
+        run_dir=str(run),
+        bf16=False,
+        device="cpu",
+    )
+    grpo.train(args, lambda text, example: len(text) % 7 / 7)
     peer = transformers.AutoModelForCausalLM.from_pretrained(run / "model").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
-    model, text = load(run / "model")
-    assert not torch.equal(model.model.norm.weight, load(folder)[0].model.norm.weight)
+    model, text = load(grpo, run / "model")
+    assert not torch.equal(model.model.norm.weight, load(grpo, folder)[0].model.norm.weight)
     tokens = torch.tensor([text.encode(QUESTION)])
     assert tokens[0].tolist() == list(
         tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)["input_ids"]
     )
     out = peer.generate(tokens, max_new_tokens=8, do_sample=False)[0, tokens.shape[1] :].tolist()
-    mine, length, *_ = grpo.sample(model, tokens.tolist(), 1, 8, 0.0, text.stop_ids, 0)
-    assert mine[0, : length[0]].tolist() == out
+    rows = grpo.sample(model, tokens.tolist(), 1, 8, 0.0, text.stop_ids, torch.Generator())
+    assert rows[0].tokens == out
