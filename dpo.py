@@ -455,7 +455,7 @@ def read_config(config, folder):
     rope |= config.get("rope_parameters") or {}
     rope["rope_type"] = rope.get("type", rope["rope_type"])
     found = rope | config | {"model_type": kind}
-    if "sliding_attention" in config.get("layer_types", []):
+    if "sliding_attention" in (config.get("layer_types") or []):
         found["use_sliding_window"] = True
     supported = {"model_type": ["llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"],
                  "hidden_act": ["silu"], "use_sliding_window": [False], "attention_bias": [False],
@@ -853,7 +853,7 @@ def load_pairs(args, tokenizer, model, folder):
                   key=lambda row: row[0])
     if not rows:
         raise SystemExit(f"--data {path}: no rows")
-    last, _ = rows[min(args.eval_pairs, max(len(rows) // 10, 1)) - 1]  # equal prompts stay together
+    last, _ = rows[max(min(args.eval_pairs, len(rows) // 10), 1) - 1]  # equal prompts stay together
     heldout = [pair for split, pair in rows if split <= last]
     pairs = [pair for split, pair in rows if split > last]
     if len(pairs) < args.batch_size:
@@ -1060,7 +1060,7 @@ class Logger:
         if get_rank() == 0:
             print(f"score {self.score:.3f} after {self.step} batches, {self.seconds:.0f} s; "
                   f"files in {self.dir}")
-        if self.interrupted and kind is None:
+        if self.interrupted and kind in (None, KeyboardInterrupt):
             raise SystemExit(130)
 
 

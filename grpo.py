@@ -9,16 +9,17 @@
 
 The policy π writes G completions o of each prompt q, and a function gives each a reward r. A
 completion's advantage Â is its reward relative to those of its group, so no value network is
-needed. The loss is PPO's clipped objective, with Â for all tokens of the completion. Equation
-numbers refer to DeepSeekMath, arXiv 2402.03300:
+needed. The loss is PPO's clipped objective, with the same Â for all tokens of a completion.
+Equation numbers refer to DeepSeekMath, arXiv 2402.03300:
 
     ρ_t = π(o_t | q, o_<t) / π_old(o_t | q, o_<t)
-    Â = (r − mean r) / std r                                        mean and std of the group
+    Â = (r − mean r) / std r                                        of the group
     J = E[ mean over tokens of min(ρ_t Â, clip(ρ_t, 1−ε, 1+ε) Â) ] − β KL(π‖π_ref)     (3)
     k3 = π_ref/π − log(π_ref/π) − 1                                 estimates the KL   (4)
 
 Implementation choices:
-[C1] --preset selects one of these published variants. With β = 0 there is no reference policy.
+[C1] --preset selects a variant. "advantage" is what r − mean r is divided by; "loss" says how
+     tokens are averaged, see token_weight. With β = 0 there is no reference policy.
                 advantage      loss     ratio     ε       ε_high  β     paper (arXiv)
        default  none           dapo     token     0.2     0.28    0
        grpo     group          grpo     token     0.2     0.2     0.04  2402.03300
@@ -27,17 +28,20 @@ Implementation choices:
        gspo     group          grpo     sequence  0.0003  0.0004  0     2507.18071
        cispo    group          cispo    token     0.2     4       0     2506.13585
        rloo     leave-one-out  dr_grpo  token     0.2     0.2     0     2402.14740
-[C2] With one update per batch, π_old = π and ρ = 1. The loss is then about 0, since the advantages
-     of a group add up to 0. Its gradient is not 0: it is that of REINFORCE with a baseline.
-[C3] The KL term is ρ k3. The gradient of k3 alone is, on average, that of KL(π_ref‖π).
-[C4] Groups with equal rewards have Â = 0. They are left out of all means, and of the KL term.
+[C2] With one update per batch, π_old = π and ρ = 1. The value of the loss then says nothing: it is
+     near 0, as the advantages of a group add up to 0. Its gradient is that of REINFORCE with a
+     baseline. π_old is computed by the trainer, not by the sampler, so ρ is exactly 1.
+[C3] The KL term is ρ k3, not k3: the gradient of k3 alone is, on average, that of KL(π_ref‖π).
+[C4] Groups with equal rewards have Â = 0. Their tokens do not count in the loss, its denominator or
+     the KL term.
 [C5] Means are over the whole batch, so the gradient does not depend on --micro-batch-size or on
      the number of processes.
 [C6] The stop token is part of the completion and is trained on. The prompt is not.
 [C7] π includes the temperature, both in sampling and in the loss.
 
-Shapes: B prompts (of this process), G completions of each, R = B G rows of L tokens, at most C of
-them of the completion; V words, D hidden size, K trained tokens of a micro-batch.
+Shapes: B prompts (of this process), G completions of each, R = B G rows of L inputs and targets, C
+tokens of the longest possible completion, V vocabulary size, D hidden size, K trained tokens of a
+micro-batch.
 
     python grpo.py                                              a tiny GPT learns to add
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data questions.jsonl
@@ -62,6 +66,7 @@ import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
 import tyro
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -84,8 +89,8 @@ class Args:
     learning_rate: float = 3e-4  # AdamW step size
     max_grad_norm: float = 1.0  # clip the gradient norm to this
     preset: str = "default"  # a row of the table [C1]; gives the next six flags their defaults
-    scale_rewards: Literal["group", "batch", "none", "leave-one-out"] = "none"  # advantage
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = "dapo"  # mean over tokens; cispo: clip
+    scale_rewards: Literal["group", "batch", "none", "leave-one-out"] = "none"  # divide by
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = "dapo"  # how tokens are averaged
     importance_sampling_level: Literal["token", "sequence"] = "token"  # one ratio per ...
     epsilon: float = 0.2  # clip the ratio below 1 - epsilon
     epsilon_high: float = 0.28  # clip the ratio above 1 + epsilon_high
@@ -98,11 +103,11 @@ class Args:
     micro_batch_size: int = 1024  # rows per forward and backward pass; changes only memory [C5]
     sampling_batch_size: int = 1024  # rows to generate at a time; changes only memory
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
-    lora_rank: int = 0  # train LoRA adapters of this rank instead of the weights; needs --model
+    lora_rank: int = 0  # train LoRA adapters of this rank instead of the weights
     bf16: bool = False  # compute in bfloat16, keep the weights in float32
     compile: bool = False  # torch.compile the transformer blocks
-    stop_at: float | None = None  # stop when the held-out accuracy reaches this
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    stop_at: float | None = None  # stop when the mean reward on held-out prompts reaches this
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # default: the GPU, if any
     run_dir: str = ""  # output folder; default: runs/<script>-<task>-<seed>-<time>
     resume: str = ""  # continue the run in this folder; its flags are the defaults
     checkpoint_seconds: float = 600.0  # time between checkpoints; 0: after every batch
@@ -163,13 +168,14 @@ def kl_estimate(logprob, old_logprob, ref_logprob):
 
 
 def token_weight(mask, loss_type, num_rows, num_tokens, max_completion_length):
-    """Compute the weight of each token in the mean over the batch, (R, L), from mask (R, L).
+    """Compute the weight of each token in the loss, (R, L), from mask (R, L).
 
-    num_rows and num_tokens count the trained rows and tokens of all processes.
+    Each weight is 1 / (num_rows * length of the row) for "grpo", 1 / (num_rows * C) for "dr_grpo",
+    1 / num_tokens else. num_rows and num_tokens count what is trained on in all processes.
     """
     if loss_type == "grpo":  # mean over the tokens of each completion, then over completions
         return mask / mask.sum(1, keepdim=True).clamp(min=1) / num_rows       # [C5]
-    if loss_type == "dr_grpo":  # a constant, so that long completions do not count less per token
+    if loss_type == "dr_grpo":  # not by length, so that tokens of long completions count as much
         return mask / (num_rows * max_completion_length)
     return mask / num_tokens                                                  # mean over all tokens
 
@@ -186,21 +192,20 @@ def default_reward(completion, example):
 
 def target_logprobs(hidden, targets, weight, temperature):
     """Compute log π of targets (K,), float32, from hidden states (K, D) and weight (V, D)."""
-    logits = F.linear(hidden, weight).float() / temperature                   # (K, V)  [C7]
+    logits = F.linear(hidden, weight).float() / temperature                   # (K, V)
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
 def token_logprobs(model, inputs, targets, mask, temperature=1.0, chunk_size=1024):
     """Compute log π of the targets where mask is True, 0 elsewhere; all (R, L).
 
-    The logits of all tokens at once would be the largest tensor by far. They are computed in chunks
-    of tokens, and again in the backward pass.
+    The logits are computed in chunks of tokens, and again in the backward pass: those of all tokens
+    at once would be the largest tensor by far.
     """
     hidden = model(inputs)[mask]                                              # (K, D)
     weight = model.output_weight().to(hidden.dtype)
-    chunks = zip(hidden.split(chunk_size), targets[mask].split(chunk_size))
     logprobs = [checkpoint(target_logprobs, *chunk, weight, temperature, use_reentrant=False)
-                for chunk in chunks]
+                for chunk in zip(hidden.split(chunk_size), targets[mask].split(chunk_size))]
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, torch.cat(logprobs))
 
@@ -211,7 +216,8 @@ def pad_batch(rows, device):
     Returns inputs, targets (the tokens that follow them) and mask, which is True where the target
     belongs to the completion.                                                 [C6]
     """
-    tokens = pad_sequence([torch.tensor(prompt + completion) for prompt, completion in rows], True)
+    tokens = pad_sequence([torch.tensor(prompt + completion) for prompt, completion in rows],
+                          batch_first=True)  # padded with 0; causal attention does not see it
     column = torch.arange(tokens.shape[1])
     mask = torch.stack([(column >= len(prompt)) & (column < len(prompt) + len(completion))
                         for prompt, completion in rows])
@@ -226,127 +232,141 @@ class Completion(NamedTuple):
 
 
 @torch.no_grad()
-def sample(model, prompts, num_generations, max_length, temperature, stop_ids, rng):
+def sample(model, prompts, num_generations, max_length, temperature, stop_ids, generator):
     """Sample G completions of each prompt, a list of token ids; temperature 0 is greedy.
 
     Returns a list of B G Completions; those of a prompt are next to each other.
     """
-    device = rng.device
+    device = generator.device
     stop_ids = torch.tensor(stop_ids, device=device)
-    length = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], True).to(device)
-    cache = Cache(model, length, tokens.shape[1] + max_length)
-    hidden = model(tokens, cache)[torch.arange(len(prompts), device=device), length - 1]  # (B, D)
-    # Each prompt is computed once; its completions start from copies.
-    copies = torch.arange(len(prompts), device=device).repeat_interleave(num_generations)
-    hidden = hidden[copies]                                                       # (R, D)
-    cache.select(copies)
+    prompt_length = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    prompt_tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    cache = Cache(model, prompt_length, prompt_tokens.shape[1] + max_length)
+    hidden = model(prompt_tokens.to(device), cache)
+    # Each prompt is computed once. Its completions start from copies of its last hidden state.
+    prompt_of_row = torch.arange(len(prompts), device=device).repeat_interleave(num_generations)
+    hidden = hidden[prompt_of_row, prompt_length[prompt_of_row] - 1]              # (R, D)
+    cache.select(prompt_of_row)
 
-    running = torch.arange(len(copies), device=device)  # rows that are not finished
-    tokens = torch.zeros(len(copies), max_length, dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(copies), max_length, device=device)
-    finished = torch.zeros(len(copies), dtype=torch.bool, device=device)
+    num_rows = len(prompt_of_row)
+    tokens = torch.zeros(num_rows, max_length, dtype=torch.long, device=device)
+    logprobs = torch.zeros(num_rows, max_length, device=device)
+    finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    active = torch.arange(num_rows, device=device)  # rows that are still computed
     for t in range(max_length):
         logits = F.linear(hidden, model.output_weight()).float()
         logprob = (logits / (temperature or 1.0)).log_softmax(-1)                 # [C7]
-        token = choose_token(logprob, temperature, rng)
-        tokens[running, t] = token
-        logprobs[running, t] = logprob.gather(1, token.unsqueeze(1)).squeeze(1)
-        finished[running] |= torch.isin(token, stop_ids)
-        if t % 16 == 15:  # not at every step, as this waits for the GPU
-            unfinished = (~finished[running]).nonzero().squeeze(1)
-            running, token = running[unfinished], token[unfinished]
-            cache.select(unfinished)
-        if t + 1 == max_length or len(running) == 0:
+        token = choose_token(logprob, temperature, generator)
+        tokens[active, t] = token
+        logprobs[active, t] = logprob.gather(1, token.unsqueeze(1)).squeeze(1)
+        finished[active] |= torch.isin(token, stop_ids)
+        if t % 16 == 15:  # drop finished rows; not at every step, as this waits for the GPU
+            keep = (~finished[active]).nonzero().squeeze(1)
+            active, token = active[keep], token[keep]
+            cache.select(keep)
+        if t + 1 == max_length or len(active) == 0:
             break
         hidden = model(token.unsqueeze(1), cache)[:, 0]
-    # Rows go on for some tokens after their stop token: cut them there.
+    # Until they are dropped, rows go on after their stop token: cut them there.
     first_stop = torch.isin(tokens, stop_ids).int().argmax(1)
     length = torch.where(finished, first_stop + 1, max_length).tolist()
-    columns = zip(copies.tolist(), tokens.tolist(), logprobs.tolist(), finished.tolist(), length)
-    return [Completion(prompts[i], row[:n], logprob[:n], done)
-            for i, row, logprob, done, n in columns]
+    prompt_of_row, tokens, logprobs, finished = (
+        tensor.tolist() for tensor in (prompt_of_row, tokens, logprobs, finished))
+    return [Completion(prompts[prompt_of_row[row]], tokens[row][:length[row]],
+                       logprobs[row][:length[row]], finished[row]) for row in range(num_rows)]
 
 
-def choose_token(logprob, temperature, rng):
+def choose_token(logprob, temperature, generator):
     """Draw a token for each row, (R,), from logprob (R, V)."""
     if temperature == 0:
         return logprob.argmax(-1)
-    # Of exponential times with rates p, the smallest is the i-th with probability p_i. Unlike
-    # torch.multinomial this does not wait for the GPU.
-    return (logprob.exp() / torch.empty_like(logprob).exponential_(generator=rng)).argmax(-1)
+    # If E_i is exponential with rate 1, the i with the smallest E_i / p_i has probability p_i.
+    # Unlike torch.multinomial this does not wait for the GPU.
+    noise = torch.empty_like(logprob).exponential_(generator=generator)
+    return (logprob.exp() / noise).argmax(-1)
 
 
-def generate(sampler, tokenizer, examples, num_generations, temperature, rng, args):
+def generate(sampler, tokenizer, examples, num_generations, temperature, generator, args):
     """Sample G completions of each example's prompt, about --sampling-batch-size at a time."""
     prompts = [tokenizer.encode(example["prompt"]) for example in examples]
     size = max(args.sampling_batch_size // num_generations, 1)
-    return [completion for start in range(0, len(prompts), size)
-            for completion in sample(sampler, prompts[start:start + size], num_generations,
-                                     args.max_completion_length, temperature,
-                                     tokenizer.stop_ids, rng)]
+    completions = []
+    for start in range(0, len(prompts), size):
+        completions += sample(
+            sampler, prompts[start:start + size], num_generations, args.max_completion_length,
+            temperature, tokenizer.stop_ids, generator)
+    return completions
 
 
 class Batch(NamedTuple):
-    """R rows of prompt and completion: those to learn from come first, each kind by length."""
+    """R rows of prompt and completion: first those to learn from, both parts longest row first."""
 
     inputs: torch.Tensor  # (R, L) token ids
     targets: torch.Tensor  # (R, L): the tokens that follow
     mask: torch.Tensor  # (R, L): True at targets to learn from
     sampled_logprob: torch.Tensor  # (R, L): log π of the completion's tokens when sampled, else 0
     advantage: torch.Tensor  # (R,)
-    parts: list  # micro-batches: pairs of slices, of rows and of columns that are not all padding
+    micro_batches: list  # pairs of slices: of rows, and of columns that are not all padding
 
 
-def generate_batch(sampler, tokenizer, examples, reward, rng, args):
+def generate_batch(sampler, tokenizer, examples, reward, generator, args):
     """Sample and reward G completions of each example's prompt. Returns a Batch and metrics."""
-    G, device = args.num_generations, rng.device
-    completions = generate(sampler, tokenizer, examples, G, args.temperature, rng, args)
+    G, device = args.num_generations, generator.device
+    completions = generate(sampler, tokenizer, examples, G, args.temperature, generator, args)
     rewards = torch.tensor([float(reward(tokenizer.decode(completion.tokens), examples[i // G]))
                             for i, completion in enumerate(completions)]).view(-1, G)  # (B, G)
-    # The advantage may depend on the rewards in all processes.
+    # With --scale-rewards batch the advantage depends on the rewards in all processes.
     advantage = group_advantage(all_gather(rewards), args.scale_rewards)
-    advantage = advantage.split(len(rewards))[get_rank()].flatten()             # (R,)
-    equal = (rewards == rewards[:, :1]).all(1).repeat_interleave(G)               # (R,)  [C4]
+    advantage = advantage.split(len(rewards))[get_rank()].flatten()               # (R,)
+    equal_rewards = (rewards == rewards[:, :1]).all(1).repeat_interleave(G)       # (R,)  [C4]
     finished = torch.tensor([completion.finished for completion in completions])
-    used = ~equal & (finished | (not args.mask_truncated_completions))
+    trained = ~equal_rewards & (finished | (not args.mask_truncated_completions))
 
     lengths = [len(completion.prompt) + len(completion.tokens) for completion in completions]
-    order = sorted(range(len(lengths)), key=lambda i: (bool(used[i]), lengths[i]), reverse=True)
+    order = sorted(range(len(lengths)), key=lambda i: (bool(trained[i]), lengths[i]), reverse=True)
     rows = [completions[i] for i in order]
-    inputs, targets, mask = pad_batch([(row.prompt, row.tokens) for row in rows], device)
-    sampled = pad_sequence([torch.tensor([0.0] * len(row.prompt) + row.logprobs) for row in rows],
-                           True)[:, 1:].to(device)
-    # FSDP makes the processes run together, so all of them need as many micro-batches. Those with
-    # fewer rows to learn from add rows whose mask is empty.
-    num_rows = int(all_reduce(used.sum().to(device), dist.ReduceOp.MAX))
-    parts = [(slice(start, start + args.micro_batch_size), slice(0, lengths[order[start]] - 1))
-             for start in range(0, num_rows, args.micro_batch_size)]
-    used, advantage = used[order].to(device), advantage[order].to(device)
-    batch = Batch(inputs, targets, mask & used.unsqueeze(1), sampled, advantage, parts)
+    inputs, targets, completion_mask = pad_batch([(row.prompt, row.tokens) for row in rows], device)
+    sampled_logprob = pad_sequence(
+        [torch.tensor([0.0] * len(row.prompt) + row.logprobs) for row in rows], batch_first=True)
+    mask = completion_mask & trained[order].unsqueeze(1).to(device)
+    batch = Batch(inputs, targets, mask, sampled_logprob[:, 1:].to(device),
+                  advantage[order].to(device),
+                  make_micro_batches(mask, [lengths[i] for i in order], args.micro_batch_size))
     logprobs = torch.tensor([logprob for row in rows for logprob in row.logprobs])
-    metrics = {"reward": rewards.mean(), "equal_groups": equal.float().mean(),
-               "truncated": 1 - finished.float().mean(), "length": mask.sum(1).float().mean(),
+    metrics = {"reward": rewards.mean(), "equal_groups": equal_rewards.float().mean(),
+               "truncated": 1 - finished.float().mean(),
+               "length": completion_mask.sum() / len(rows),
                "entropy": -logprobs.mean()}  # an estimate, from the sampled tokens
-    return batch, {name: all_gather(mean.view(1).cpu()).mean() for name, mean in metrics.items()}
+    return batch, {name: all_gather(mean.view(1)).mean() for name, mean in metrics.items()}
+
+
+def make_micro_batches(mask, lengths, size):
+    """Cut the rows to learn from into micro-batches: pairs of slices, of rows and of columns.
+
+    All processes need equally many, as FSDP makes them run together. Those with fewer rows to learn
+    from add rows whose mask is empty.
+    """
+    num_rows = int(all_reduce(mask.any(1).sum(), dist.ReduceOp.MAX))
+    return [(slice(start, start + size), slice(0, lengths[start] - 1))
+            for start in range(0, num_rows, size)]
 
 
 def update(model, reference, optimizer, batch, args):
-    """Take --num-iterations gradient steps on the batch. Returns metrics, means over its tokens."""
+    """Take --num-iterations gradient steps on the batch. Returns metrics."""
     num_rows, num_tokens = all_reduce(torch.stack([batch.mask.any(1).sum(), batch.mask.sum()]))
     weight = token_weight(batch.mask, args.loss_type, num_rows, num_tokens,
                           args.max_completion_length)                             # (R, L)
     logprobs, old_logprobs, ref_logprobs = torch.zeros(3, *weight.shape, device=weight.device)
     loss_sum = torch.zeros((), device=weight.device)
     grad_norm = torch.tensor(math.nan)
-    for iteration in range(args.num_iterations if batch.parts else 0):
+    for iteration in range(args.num_iterations if batch.micro_batches else 0):
         optimizer.zero_grad()
-        for part in batch.parts:
+        for part in batch.micro_batches:
             inputs, targets, mask = batch.inputs[part], batch.targets[part], batch.mask[part]
             logprob = token_logprobs(model, inputs, targets, mask, args.temperature)
             logprobs[part] = logprob.detach()
             if iteration == 0:
-                old_logprobs[part] = logprob.detach()
+                old_logprobs[part] = logprob.detach()                             # [C2]
             if iteration == 0 and reference:
                 ref_logprobs[part] = token_logprobs(reference, inputs, targets, mask,
                                                     args.temperature)
@@ -358,27 +378,19 @@ def update(model, reference, optimizer, batch, args):
                 loss = loss + args.beta * kl_estimate(
                     logprob, old_logprobs[part], ref_logprobs[part])
             loss = (loss * weight[part]).sum()
-            if dist.is_initialized():  # add up the gradients of all processes once
-                model.set_requires_gradient_sync(part is batch.parts[-1])
+            if dist.is_initialized():  # add up the gradients of all processes after the last part
+                model.set_requires_gradient_sync(part is batch.micro_batches[-1])
             loss.backward()
             loss_sum += loss.detach() / args.num_iterations
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm,
                                              error_if_nonfinite=True)
         optimizer.step()
-    log_ratio = logprobs - old_logprobs  # of the last iteration
-    ratio = importance_ratio(logprobs, old_logprobs, batch.mask, args.importance_sampling_level)
-    clipped = (ratio < 1 - args.epsilon) | (ratio > 1 + args.epsilon_high)
-    gap = (old_logprobs - batch.sampled_logprob).abs() * batch.mask  # of trainer and sampler
-    sums = torch.stack([loss_sum, *(column.sum() / num_tokens for column in (
-        log_ratio.exp() - 1 - log_ratio, clipped * batch.mask, gap))])
-    loss, approx_kl, clip_fraction, gap_mean = all_reduce(sums)
-    return {"loss": loss, "approx_kl": approx_kl, "clip_fraction": clip_fraction,
-            "grad_norm": full_tensor(grad_norm), "sampler_gap_mean": gap_mean,
-            "sampler_gap_max": all_reduce(gap.max(), dist.ReduceOp.MAX)}
+    metrics = update_metrics(batch, logprobs, old_logprobs, num_tokens, args)
+    return {"loss": all_reduce(loss_sum), "grad_norm": full_tensor(grad_norm)} | metrics
 
 
 def train(args, reward=default_reward):
-    """Train a model. Return it and the score, its mean greedy reward on held-out prompts."""
+    """Train a model. Return it and the score: its mean reward on held-out prompts, greedy."""
     device = setup(args)
     config, weights, tokenizer = load_model(args) if args.model else pretrain(args, device)
     model = make_model(config, weights, device, args)
@@ -393,7 +405,7 @@ def train(args, reward=default_reward):
     with Logger(args, model, optimizer, weights) as log:
         update_sampler(sampler, model)
         log.before = log.before or evaluate_for_summary(sampler, tokenizer, heldout, reward, args)
-        while log.step < args.max_steps and not log.stopped():
+        while not log.stopped() and log.step < args.max_steps:
             start = time.perf_counter()
             rng = random.Random(f"{args.seed} {log.step}")  # the same in all processes
             examples = [sample_example(rng) for _ in range(args.batch_size)]
@@ -422,6 +434,23 @@ def train(args, reward=default_reward):
 # --- The algorithm ends here. Below: the decoder, models, flags, data, evaluation, logging. ---
 
 
+def update_metrics(batch, logprobs, old_logprobs, num_tokens, args):
+    """Compute means over the tokens to learn from; NaN if there are none.
+
+    approx_kl, of π_old and π, and clip_fraction, the share of ratios outside the clip range, are
+    those before the last step: 0 with one update per batch. sampler_gap compares log π of the
+    trainer and of the sampler. It is rounding error, unless something is wrong.
+    """
+    log_ratio = logprobs - old_logprobs
+    ratio = importance_ratio(logprobs, old_logprobs, batch.mask, args.importance_sampling_level)
+    outside = (ratio < 1 - args.epsilon) | (ratio > 1 + args.epsilon_high)
+    gap = (old_logprobs - batch.sampled_logprob).abs() * batch.mask
+    values = {"approx_kl": log_ratio.exp() - 1 - log_ratio, "clip_fraction": outside * batch.mask,
+              "sampler_gap_mean": gap}
+    metrics = {name: all_reduce(value.sum()) / num_tokens for name, value in values.items()}
+    return metrics | {"sampler_gap_max": all_reduce(gap.max(), dist.ReduceOp.MAX)}
+
+
 class Cache:
     """Keys and values of all layers while completions are generated.
 
@@ -435,18 +464,19 @@ class Cache:
             config["num_hidden_layers"], len(length), config["num_key_value_heads"], num_columns,
             config["head_dim"], device=length.device, dtype=model.output_weight().dtype)
         self.values = torch.zeros_like(self.keys)
-        self.length = length
+        self.prompt_length = length
         self.num_prompt_columns = int(length.max())
-        self.used = 0  # columns that are filled
+        self.used = 0  # number of filled columns
 
     def select(self, rows):
         """Keep these rows (R',), in this order; a row may occur several times."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.length = self.length[rows]
+        self.prompt_length = self.prompt_length[rows]
 
     def position(self):
         """Return the position of the next token of each row, (R, 1)."""
-        return self.length.unsqueeze(1) + self.used - self.num_prompt_columns
+        num_generated = self.used - self.num_prompt_columns
+        return self.prompt_length.unsqueeze(1) + num_generated
 
     def attend(self, layer, q, k, v):
         """Store k and v (R, heads, L, E) and return the attention of q to all that is stored."""
@@ -458,11 +488,14 @@ class Cache:
         # One token per row. The query heads that share keys become one head with several queries:
         # on CUDA enable_gqa with a mask would take a slow kernel.
         column = torch.arange(end, device=k.device)
-        visible = (column < self.length.unsqueeze(1)) | (column >= self.num_prompt_columns)
+        visible = (column < self.prompt_length.unsqueeze(1)) | (column >= self.num_prompt_columns)
         y = F.scaled_dot_product_attention(
             q.reshape(len(q), k.shape[1], -1, q.shape[3]), self.keys[layer, :, :, :end],
             self.values[layer, :, :, :end], visible[:, None, None])               # (R, 1, 1, S)
         return y.reshape(q.shape)
+
+
+LORA_SCALE = 2.0  # alpha / rank
 
 
 class Linear(nn.Linear):
@@ -479,7 +512,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         y = super().forward(x)
         if self.rank:
-            y = y + 2 * F.linear(F.linear(x, self.lora_a), self.lora_b)
+            y = y + LORA_SCALE * F.linear(F.linear(x, self.lora_a), self.lora_b)
         return y
 
 
@@ -496,9 +529,10 @@ class Attention(nn.Module):
         self.k_proj = Linear(width, kv_size, bias, rank)
         self.v_proj = Linear(width, kv_size, bias, rank)
         self.o_proj = Linear(q_size, width, False, rank)
-        norm = nn.RMSNorm if config["model_type"] == "qwen3" else nn.Identity
-        self.q_norm = norm(self.head_dim, config["rms_norm_eps"])
-        self.k_norm = norm(self.head_dim, config["rms_norm_eps"])
+        has_norm = config["model_type"] == "qwen3"
+        eps = config["rms_norm_eps"]
+        self.q_norm = nn.RMSNorm(self.head_dim, eps) if has_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps) if has_norm else nn.Identity()
 
     def forward(self, x, rotation, cache=None):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -597,10 +631,10 @@ class Decoder(nn.Module):
 
 
 def frequencies(config):
-    """Compute the angles per position of a head's pairs of numbers, (E/2,)."""
+    """Compute the rotary frequencies of a head, (E/2,), in radians per position."""
     rope, size = config["rope"], config["head_dim"]
     frequency = rope["rope_theta"] ** -(torch.arange(0, size, 2, device="cpu").float() / size)
-    if rope["rope_type"] == "llama3":  # slow angles are scaled down, for long contexts
+    if rope["rope_type"] == "llama3":  # low frequencies are scaled down, for long contexts
         turns = frequency * rope["original_max_position_embeddings"] / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -616,7 +650,7 @@ def read_config(config, folder):
     rope |= config.get("rope_parameters") or {}
     rope["rope_type"] = rope.get("type", rope["rope_type"])
     found = rope | config | {"model_type": kind}
-    if "sliding_attention" in config.get("layer_types", []):
+    if "sliding_attention" in (config.get("layer_types") or []):
         found["use_sliding_window"] = True
     supported = {"model_type": ["llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"],
                  "hidden_act": ["silu"], "use_sliding_window": [False], "attention_bias": [False],
@@ -635,8 +669,8 @@ def read_config(config, folder):
 def make_model(config, weights, device, args, is_reference=False):
     """Make a Decoder with these weights (name -> tensor), sharded if there are several processes.
 
-    It is built without memory and gets the weights one by one, so that no process ever holds all of
-    a sharded model.
+    The model is built on the meta device and gets its weights one by one, so that no process ever
+    holds all of a sharded model.
     """
     with torch.device("meta"):
         rank = 0 if is_reference else args.lora_rank
@@ -646,15 +680,18 @@ def make_model(config, weights, device, args, is_reference=False):
     if dist.is_initialized():
         policy = MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32,
                                       cast_forward_inputs=False)
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for module in (*model.model.layers, model):
-            fully_shard(module, mp_policy=policy)
-            module.set_gradient_divide_factor(1.0)  # sums, as the loss is a part of a mean  [C5]
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+            # Add up the gradients: each process computes a part of the mean.     [C5]
+            module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     new_weights = {}
     for name, param in model.named_parameters():
-        if "lora_" in name:  # the product of the adapter's matrices starts at 0
-            std = param.shape[1] ** -0.5 if "lora_a" in name else 0.0
-            weight = torch.randn(param.shape) * std
+        if "lora_a" in name:
+            weight = torch.randn(param.shape) / param.shape[1] ** 0.5
+        elif "lora_b" in name:  # so the adapter starts at 0
+            weight = torch.zeros(param.shape)
         elif name in weights:
             weight = weights[name]
         else:
@@ -662,7 +699,8 @@ def make_model(config, weights, device, args, is_reference=False):
         weight = weight.to(device, torch.float32)
         if isinstance(param, DTensor) and not isinstance(weight, DTensor):
             weight = distribute_tensor(weight, param.device_mesh, param.placements,
-                                       src_data_rank=None)
+                                       src_data_rank=None)  # each process cuts out its part
+        # Training changes the weights in place, so it needs a copy.
         new_weights[name] = weight.clone() if param.requires_grad else weight
     model.load_state_dict(new_weights, assign=True)
     model.frequency = frequencies(config).to(device)
@@ -707,28 +745,29 @@ def full_tensor(tensor):
 def save_model(folder, model, tokenizer):
     """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer open.
 
-    Adapters are merged. It gets its name when it is complete, so a full disk leaves no half of it.
+    Adapters are merged. The folder is renamed when it is complete, so that an error, such as a full
+    disk, leaves no partial one. All processes must take part.
     """
     from safetensors.torch import save_file
 
-    weights = {}
-    for name, param in model.named_parameters():
-        weight, layer = full_tensor(param), model.get_submodule(name.rpartition(".")[0])
-        if getattr(layer, "rank", 0) and name.endswith("weight"):
-            weight = weight + 2 * full_tensor(layer.lora_b) @ full_tensor(layer.lora_a)
-        if "lora_" not in name:
-            weights[name] = weight.cpu().contiguous() if get_rank() == 0 else None
-    if get_rank() == 0:
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(weights, partial / "model.safetensors", {"format": "pt"})
-        config = {name: value for name, value in model.config.items() if name != "rope"}
-        config |= {"dtype": "float32", "torch_dtype": "float32"}
-        (partial / "config.json").write_text(json.dumps(config, indent=2))
-        tokenizer.save(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.replace(folder)
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = dcp.get_model_state_dict(model, options=options)
+    if get_rank() > 0:
+        return
+    weights = {name: weight for name, weight in state.items() if "lora_" not in name}
+    for name in [name for name in state if "lora_b" in name]:
+        lora_a, base = name.replace("lora_b", "lora_a"), name.replace("lora_b", "weight")
+        weights[base] = weights[base] + LORA_SCALE * state[name] @ state[lora_a]
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(weights, partial / "model.safetensors", {"format": "pt"})
+    config = {name: value for name, value in model.config.items() if name != "rope"}
+    config |= {"dtype": "float32", "torch_dtype": "float32"}
+    (partial / "config.json").write_text(json.dumps(config, indent=2))
+    tokenizer.save(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def default_args(model="", preset="default", lora_rank=0, **overrides):
@@ -751,9 +790,13 @@ def parse_args():
         return tyro.cli(Args, default=default_args(first.model, first.preset, first.lora_rank))
     try:
         saved = Args(**load_checkpoint(first.resume)["args"])
-    except Exception as error:  # a missing, damaged or foreign file
+    except Exception as error:  # a missing or damaged file, or another script's
         raise SystemExit(f"{first.resume}: not a run of this script: {error!r:.150}") from error
-    return tyro.cli(Args, default=saved)
+    args = tyro.cli(Args, default=saved)
+    for name in ("model", "preset", "lora_rank"):
+        if getattr(args, name) != getattr(saved, name):
+            raise SystemExit(f"--resume {first.resume}: {name} cannot change")
+    return args
 
 
 def setup(args):
@@ -771,6 +814,10 @@ def setup(args):
         raise SystemExit(f"--batch-size {args.batch_size}: not divisible by {world_size} processes")
     if bool(args.data) != bool(args.model):
         raise SystemExit("--model and --data: give both, or neither for the tiny GPT")
+    if args.data and not Path(args.data).is_file():
+        raise SystemExit(f"--data {args.data}: no such file")
+    if args.num_generations < 2 or args.temperature <= 0:
+        raise SystemExit("--num-generations below 2 or --temperature 0: all of a group are equal")
     torch.manual_seed(args.seed)  # the same weights in all processes
     return device
 
@@ -789,12 +836,12 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
 
 
 def all_gather(tensor):
-    """Return the rows (n, ...) of all processes as one tensor, in order of rank."""
+    """Return the rows (n, ...) of all processes as one tensor on the CPU, in order of rank."""
     if not dist.is_initialized():
-        return tensor
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, tensor)
-    return torch.cat(parts)
+        return tensor.cpu()
+    tensors = [None] * dist.get_world_size()
+    dist.all_gather_object(tensors, tensor.cpu())
+    return torch.cat(tensors)
 
 
 def local_rows(rows):
@@ -816,7 +863,7 @@ def load_model(args):
             patterns = ["*.json", "*.jinja", "*.safetensors"]
             folder = Path(snapshot_download(args.model, allow_patterns=patterns))
         except (OSError, ValueError) as error:
-            raise SystemExit(f"--model {args.model}: no such folder, and not to be had from the "
+            raise SystemExit(f"--model {args.model}: no such folder, and no download from the "
                              f"hub: {' '.join(str(error).split()):.300}") from error
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).exists():
@@ -824,7 +871,7 @@ def load_model(args):
     config = read_config(json.loads((folder / "config.json").read_text("utf-8")), args.model)
     weights = {}
     for path in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(path)  # memory-mapped: read where they are used
+        weights |= load_file(path)  # memory-mapped: read when used
     return config, weights, Tokenizer(folder)
 
 
@@ -847,7 +894,7 @@ class Tokenizer:
              "generation_config.json", "chat_template.jinja")
 
     def __init__(self, folder):
-        import jinja2.sandbox  # sandboxed, as the template may be a stranger's code
+        import jinja2.sandbox  # the template is code that may not be trusted
         import tokenizers
 
         self.folder = folder
@@ -862,7 +909,7 @@ class Tokenizer:
         for file in ("config.json", "generation_config.json"):
             found = self.read_json(file).get("eos_token_id")
             ids += found if isinstance(found, list) else [found]
-        self.stop_ids = [i for i in dict.fromkeys(ids) if i is not None]  # the first ends a turn
+        self.stop_ids = [i for i in dict.fromkeys(ids) if i is not None]
         if not self.stop_ids:
             raise SystemExit(f"--model {folder}: no end-of-sequence token in its files")
         template = settings.get("chat_template")
@@ -874,6 +921,7 @@ class Tokenizer:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
         self.template = jinja.from_string(template) if template else None
+        self.template_error = jinja2.TemplateError
 
     def read_json(self, name):
         """Return the content of a file of the folder, {} if it is missing."""
@@ -885,8 +933,11 @@ class Tokenizer:
         if not isinstance(prompt, str):
             if self.template is None or not prompt:
                 raise ValueError("no messages, or the model has no chat template")
-            prompt = self.template.render(messages=prompt, add_generation_prompt=True,
-                                          **self.special_tokens)
+            try:
+                prompt = self.template.render(messages=prompt, add_generation_prompt=True,
+                                              **self.special_tokens)
+            except self.template_error as error:
+                raise ValueError(f"chat template: {error}") from error
         return self.tokenizer.encode(prompt, add_special_tokens=False).ids
 
     def decode(self, tokens):
@@ -906,7 +957,7 @@ def raise_exception(message):
 def addition(rng, held_out=False):
     """Draw two numbers below 100 to add; the answer's digits are reversed.
 
-    "wrong_carry" is what the teacher of the tiny GPT writes: in 8 of 10 sums it forgets to carry.
+    "pretrain_answer" is what the tiny GPT learns before: in 8 of 10 sums it forgets to carry.
     """
     while True:
         a, b = rng.randrange(100), rng.randrange(100)
@@ -916,7 +967,7 @@ def addition(rng, held_out=False):
     answer = f"{a + b:03}"[::-1]
     no_carry = f"{(a + b) % 10}{(a // 10 + b // 10) % 10}0"
     return {"prompt": prompt, "answer": answer,
-            "wrong_carry": no_carry if rng.random() < 0.8 else answer}
+            "pretrain_answer": no_carry if rng.random() < 0.8 else answer}
 
 
 def split_hash(prompt):
@@ -937,7 +988,7 @@ def load_examples(args, tokenizer, context_length):
         rng = random.Random("held out")
         return addition, [addition(rng, held_out=True) for _ in range(args.eval_prompts)]
     rows = sorted(read_rows(args, tokenizer, room), key=lambda row: split_hash(row["prompt"]))
-    last = rows[min(args.eval_prompts, max(len(rows) // 10, 1)) - 1]  # equal prompts stay together
+    last = rows[max(min(args.eval_prompts, len(rows) // 10), 1) - 1]  # equal prompts stay together
     heldout = [row for row in rows if split_hash(row["prompt"]) <= split_hash(last["prompt"])]
     train_rows = rows[len(heldout):]
     if not train_rows:
@@ -979,7 +1030,7 @@ def tiny_config(vocab_size):
 
 
 def pretrain(args, device):
-    """Teach a tiny GPT to add like its teacher: supervised learning, with Adam.
+    """Train a tiny GPT on sums that are mostly wrong: supervised learning, with Adam.
 
     Returns the same as load_model. A resumed run takes the weights from the checkpoint.
     """
@@ -998,7 +1049,7 @@ def pretrain(args, device):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 3 * remaining)
         examples = [addition(rng) for _ in range(256)]
         rows = [(tokenizer.encode(example["prompt"]),
-                 tokenizer.encode(example["wrong_carry"]) + tokenizer.stop_ids)
+                 tokenizer.encode(example["pretrain_answer"]) + tokenizer.stop_ids)
                 for example in examples]
         inputs, targets, mask = pad_batch(rows, device)
         loss = -token_logprobs(model, inputs, targets, mask).sum() / mask.sum()
@@ -1035,7 +1086,7 @@ def print_summary(before, after, heldout):
 
 
 def load_checkpoint(folder):
-    """Load what Logger.save wrote; weights_only, so that a stranger's file cannot run code."""
+    """Load what Logger.save wrote; weights_only, so that the file cannot run code."""
     return torch.load(Path(folder) / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
 
 
@@ -1053,8 +1104,10 @@ class Logger:
         self.step, self.seconds, self.csv_size = 0, 0.0, 0
         self.score, self.before, self.wandb, self.interrupted = math.nan, None, None, False
         task = Path(args.data).stem or "addition"
-        name = f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
+        name = [f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
+        if dist.is_initialized():
+            dist.broadcast_object_list(name)  # the clocks may differ
+        self.dir = Path(args.resume or args.run_dir or f"runs/{name[0]}")
         if args.resume:
             self.load()
         elif get_rank() == 0 and (self.dir / "checkpoint.pt").exists():
@@ -1069,7 +1122,8 @@ class Logger:
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
         self.csv = (self.dir / "metrics.csv").open("a", buffering=1)
         # Drop rows that are newer than the checkpoint.
-        self.csv.seek(self.csv.truncate(min(self.csv_size, self.csv.tell())))
+        self.csv.truncate(min(self.csv_size, self.csv.tell()))
+        self.csv.seek(0, os.SEEK_END)
         if args.track:
             import wandb
 
@@ -1083,8 +1137,9 @@ class Logger:
 
     def stopped(self):
         """Whether the score has reached --stop-at, or Ctrl-C was pressed, in any process."""
+        self.interrupted = self.any_process(self.interrupted)
         reached = self.args.stop_at is not None and self.score >= self.args.stop_at
-        return self.any_process(reached or self.interrupted)
+        return reached or self.interrupted
 
     def any_process(self, condition):
         """Whether the condition is true in any of the processes."""
@@ -1121,10 +1176,10 @@ class Logger:
                  "progress": {name: getattr(self, name) for name in PROGRESS},
                  "pretrained": None if self.args.model else self.weights,
                  "model": dcp.get_model_state_dict(self.model, options=options)}
-        if self.optimizer.state:  # if there is none yet, torch would take a step to make it
+        if self.optimizer.state:  # if it is empty, dcp would take a step to create it
             state["optimizer"] = dcp.get_optimizer_state_dict(
                 self.model, self.optimizer, options=options)
-        if get_rank() == 0:  # first under another name, so that the file is always whole
+        if get_rank() == 0:  # first under another name, so that it is never partly written
             torch.save(state, self.dir / "checkpoint.tmp")
             (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
         self.saved_at = time.perf_counter()
@@ -1151,7 +1206,7 @@ class Logger:
         if get_rank() == 0:
             print(f"score {self.score:.3f} after {self.step} batches, {self.seconds:.0f} s; "
                   f"files in {self.dir}")
-        if self.interrupted:
+        if self.interrupted and kind in (None, KeyboardInterrupt):
             raise SystemExit(130)
 
 

@@ -15,7 +15,7 @@ import grpo
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
-SCRIPTS = ["grpo"]  # the scripts that hold this decoder
+SCRIPTS = ["grpo", "dpo"]  # the scripts that hold this decoder
 CPU = torch.device("cpu")
 SIZES = {
     "vocab_size": 40,

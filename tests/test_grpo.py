@@ -359,7 +359,7 @@ def test_gradient_does_not_depend_on_how_the_batch_is_cut(name):
     for size in (1, 2, 5, 1024):
         args = flags(preset=name, micro_batch_size=size, beta=0.1)
         batch, _ = recorded_batch(prompts, completions, rewards, args)
-        assert len(batch.parts) == -(-12 // size)
+        assert len(batch.micro_batches) == -(-12 // size)
         grads.append(gradient(model, batch, args, reference)[0])
     order = [2, 0, 1]
     rows = [4 * i + j for i in order for j in (1, 3, 0, 2)]
@@ -393,7 +393,7 @@ def test_groups_with_equal_rewards_are_left_out():
     batch, metrics = three_groups()
     assert learned(batch) == [(1, [7, 0], 0.5), (1, [8, 0], -0.5),
                               (3, [7, 0], 0.5), (3, [8, 7, 5], -0.5)]
-    assert batch.mask.sum() == 9 and batch.parts == [(slice(0, 1024), slice(0, 3))]
+    assert batch.mask.sum() == 9 and batch.micro_batches == [(slice(0, 1024), slice(0, 3))]
     shown = {name: round(value.item(), 4) for name, value in metrics.items()}
     assert shown == {"reward": 0.6667, "equal_groups": 0.3333, "truncated": 0.1667,
                      "length": 2.1667, "entropy": 0.0}
@@ -492,7 +492,7 @@ def test_batch_of_equal_groups_changes_nothing():
     before = [p.clone() for p in model.parameters()]
     grpo.update(model, None, torch.optim.AdamW(model.parameters(), 1.0), batch, flags())
     assert all(map(torch.equal, before, model.parameters()))
-    assert batch.parts == [] and metrics["equal_groups"] == 1
+    assert batch.micro_batches == [] and metrics["equal_groups"] == 1
 
 
 def test_non_finite_gradient_stops_before_the_step():
@@ -919,8 +919,8 @@ def test_teacher_forgets_to_carry():
         assert int(row["answer"][::-1]) == a + b and len(row["answer"]) == 3
         carry = a % 10 + b % 10 > 9 or a // 10 + b // 10 > 9
         carries += carry
-        wrong += row["wrong_carry"] != row["answer"]
-        assert carry or row["wrong_carry"] == row["answer"]
+        wrong += row["pretrain_answer"] != row["answer"]
+        assert carry or row["pretrain_answer"] == row["answer"]
     assert wrong / carries == pytest.approx(0.8, abs=0.04)
 
 
@@ -943,7 +943,7 @@ def test_pretraining_follows_the_teacher_with_warmup_and_decay(monkeypatch):
     held = [grpo.addition(rng, held_out=True) for _ in range(50)]
     with torch.no_grad():
         taught = torch.stack([
-            plain_logprobs(model, text.encode(e["prompt"]), [*text.encode(e["wrong_carry"]), 0])
+            plain_logprobs(model, text.encode(e["prompt"]), [*text.encode(e["pretrain_answer"]), 0])
             for e in held]).mean(0)  # of three digits and the stop token
     assert taught[:3].mean() > -2 and taught[3] > -0.1, taught
     assert rates[:3] == pytest.approx([1e-4, 2e-4, 3e-4]) and rates[29:60] == [3e-3] * 31
@@ -1063,7 +1063,10 @@ def call(capsys, *args, reward=judge):
     [
         (["--preset", "ppo"], ["--preset ppo", "dapo"]),
         (["--model", "/nowhere/at/all"], ["--model", "--data"]),
-        (["--model", "/nowhere/at/all", "--data", "x"], ["--model /nowhere/at/all"]),
+        (["--model", "/nowhere/at/all", "--data", __file__], ["--model /nowhere/at/all"]),
+        (["--model", "/nowhere/at/all", "--data", "x"], ["--data x", "no such file"]),
+        (["--num-generations", 1], ["--num-generations"]),
+        (["--temperature", 0], ["--temperature"]),
         (["--data", "/nowhere.jsonl"], ["--data", "--model"]),
         (["--resume", "/nowhere"], ["/nowhere", "not a run"]),
         (["--max-completion-length", 64, "--pretrain-steps", 0], ["--max-completion-length 64"]),
