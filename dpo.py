@@ -17,7 +17,7 @@ pair. It needs no reward model and no sampling. Equation numbers refer to arXiv 
     loss = −E log σ(β [log π/π_ref(y_w|x) − log π/π_ref(y_l|x)])                         (7)
 
 The gradient of a pair pushes log π(y_w) up and log π(y_l) down, both with the weight
-β σ(r̂_l − r̂_w), which is large where r̂ is wrong. Answers share the network, so both may still fall.
+β σ(r̂_l − r̂_w), which is large where r̂ is wrong. Answers share the network, so both may fall.
 
 Implementation choices:
 [C1] These flags select published variants:
@@ -88,7 +88,7 @@ class Args:
     length_normalize: bool = False  # divide log-probabilities by the number of tokens [C1]
     reference_free: bool = False  # leave out the reference policy [C1]
     gamma_margin: float = 0.0  # target margin between the rewards of chosen and rejected [C1]
-    nll_coef: float = 0.0  # coefficient of -log π(chosen) per token [C1]
+    nll_coef: float = 0.0  # coefficient of the negative log-likelihood of chosen [C1]
     train_pairs: int = 20_000  # pairs to make for the tiny GPT
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before DPO
     eval_every: int = 20  # batches between evaluations on held-out pairs
@@ -168,13 +168,13 @@ def pad_batch(rows, device):
     """Make tensors (R, L) of rows, a list of (prompt, completion), each a list of token ids.
 
     Returns inputs, targets (the tokens that follow them) and mask, which is True where the target
-    belongs to the completion.                                                 [C6]
+    belongs to the completion.
     """
     tokens = pad_sequence([torch.tensor(prompt + completion) for prompt, completion in rows],
                           batch_first=True)  # padded with 0; causal attention does not see it
     column = torch.arange(tokens.shape[1])
     mask = torch.stack([(column >= len(prompt)) & (column < len(prompt) + len(completion))
-                        for prompt, completion in rows])
+                        for prompt, completion in rows])                      # [C6]
     return tokens[:, :-1].to(device), tokens[:, 1:].to(device), mask[:, 1:].to(device)
 
 
@@ -566,9 +566,8 @@ def parse_args():
     except Exception as error:  # a missing or damaged file, or another script's
         raise SystemExit(f"{first.resume}: not a run of this script: {error!r:.150}") from error
     args = tyro.cli(Args, default=saved)
-    for name in ("model", "lora_rank"):
-        if getattr(args, name) != getattr(saved, name):
-            raise SystemExit(f"--resume {first.resume}: {name} cannot change")
+    if (args.model, args.lora_rank) != (saved.model, saved.lora_rank):
+        raise SystemExit(f"--resume {first.resume}: --model and --lora-rank cannot change")
     return args
 
 
@@ -934,8 +933,8 @@ def print_summary(before, after):
     """Print what training has changed."""
     for name, result in (("before", before), ("after", after)):
         print("{}: greedy accuracy {greedy:.3f}, sampled {sampled:.3f}; E[r] {reward:.3f}; "
-              "KL(π‖π_ref) {kl_to_ref:.3f}, KL(π‖π*) {kl_to_best:.3f}".format(name, **result))
-    print(f"π*: E[r] {after['best_reward']:.3f}")
+              "KL(pi||pi_ref) {kl_to_ref:.3f}, KL(pi||pi*) {kl_to_best:.3f}".format(name, **result))
+    print(f"pi*: E[r] {after['best_reward']:.3f}")
 
 
 def load_checkpoint(folder):

@@ -89,9 +89,9 @@ class Args:
     learning_rate: float = 3e-4  # AdamW step size
     max_grad_norm: float = 1.0  # clip the gradient norm to this
     preset: str = "default"  # a row of the table [C1]; gives the next six flags their defaults
-    scale_rewards: Literal["group", "batch", "none", "leave-one-out"] = "none"  # divide by
+    scale_rewards: Literal["group", "batch", "none", "leave-one-out"] = "none"  # of advantages
     loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = "dapo"  # how tokens are averaged
-    importance_sampling_level: Literal["token", "sequence"] = "token"  # one ratio per ...
+    importance_sampling_level: Literal["token", "sequence"] = "token"  # a ratio for each
     epsilon: float = 0.2  # clip the ratio below 1 - epsilon
     epsilon_high: float = 0.28  # clip the ratio above 1 + epsilon_high
     beta: float = 0.0  # coefficient of the KL divergence from the initial model
@@ -214,13 +214,13 @@ def pad_batch(rows, device):
     """Make tensors (R, L) of rows, a list of (prompt, completion), each a list of token ids.
 
     Returns inputs, targets (the tokens that follow them) and mask, which is True where the target
-    belongs to the completion.                                                 [C6]
+    belongs to the completion.
     """
     tokens = pad_sequence([torch.tensor(prompt + completion) for prompt, completion in rows],
                           batch_first=True)  # padded with 0; causal attention does not see it
     column = torch.arange(tokens.shape[1])
     mask = torch.stack([(column >= len(prompt)) & (column < len(prompt) + len(completion))
-                        for prompt, completion in rows])
+                        for prompt, completion in rows])                      # [C6]
     return tokens[:, :-1].to(device), tokens[:, 1:].to(device), mask[:, 1:].to(device)
 
 
@@ -793,9 +793,8 @@ def parse_args():
     except Exception as error:  # a missing or damaged file, or another script's
         raise SystemExit(f"{first.resume}: not a run of this script: {error!r:.150}") from error
     args = tyro.cli(Args, default=saved)
-    for name in ("model", "preset", "lora_rank"):
-        if getattr(args, name) != getattr(saved, name):
-            raise SystemExit(f"--resume {first.resume}: {name} cannot change")
+    if (args.model, args.preset, args.lora_rank) != (saved.model, saved.preset, saved.lora_rank):
+        raise SystemExit(f"--resume {first.resume}: --model, --preset, --lora-rank cannot change")
     return args
 
 

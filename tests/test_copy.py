@@ -9,7 +9,9 @@ import sys
 
 import gymnasium as gym
 import pytest
+import test_decoder
 import test_reinforce
+import tokenizers
 import torch
 from conftest import ROOT
 from test_reinforce import double  # noqa: F401
@@ -239,7 +241,12 @@ def test_own_data(tmp_path):
     assert [set(json.loads(row)) for row in rows] == [
         {"prompt", "answer"}, {"prompt", "chosen", "rejected"}
     ]
-    FOLDER
+    test_decoder.write(tmp_path / "tiny", "llama")
+    vocabulary = {symbol: i for i, symbol in enumerate(["<end>", *"0123456789+="])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<end>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    tokenizer.save(str(tmp_path / "tiny" / "tokenizer.json"))
+    (tmp_path / "tiny" / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
     own = {"grpo.py": ["--batch-size", "2", "--max-completion-length", "8"],
            "dpo.py": ["--batch-size", "2"]}
     for (script, flags), row in zip(own.items(), rows):

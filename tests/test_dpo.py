@@ -1182,9 +1182,9 @@ def test_a_short_run_learns_a_simple_reward(tmp_path, capsys, monkeypatch):
     before, after = ({name: float(value) for name, value in (
         pair.rsplit(" ", 1) for pair in line.partition("; ")[2].replace("; ", ", ").split(", "))}
         for line in out.splitlines() if line.startswith(("before", "after")))
-    assert before["KL(π‖π_ref)"] == 0 < after["KL(π‖π_ref)"]
+    assert before["KL(pi||pi_ref)"] == 0 < after["KL(pi||pi_ref)"]
     assert after["E[r]"] > before["E[r]"] + 0.5
-    assert after["KL(π‖π*)"] < before["KL(π‖π*)"] - 0.5
+    assert after["KL(pi||pi*)"] < before["KL(pi||pi*)"] - 0.5
 
 
 @pytest.mark.slow
@@ -1192,7 +1192,7 @@ def test_a_copy_alone_in_an_empty_folder(tmp_path):
     shutil.copy(ROOT / "dpo.py", tmp_path)
     command = [sys.executable, "dpo.py", *map(str, TINY), "--max-steps", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "KL(π‖π*)" in done.stdout, done.stderr
+    assert done.returncode == 0 and "KL(pi||pi*)" in done.stdout, done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("dpo-addition-1-")
     assert {path.name for path in folder.iterdir()} == {
@@ -1325,7 +1325,7 @@ def test_ctrl_c_in_one_of_two_processes_stops_both_and_one_goes_on(
 def test_the_tiny_gpt_in_two_processes(two_ranks, tmp_path, capsys, monkeypatch):
     results, (folder, done) = results_of(two_ranks), two_ranks
     monkeypatch.setattr(dpo, "tiny_config", small_config)
-    assert done.stdout.count("before:") == done.stdout.count("π*: E[r]") == 1
+    assert done.stdout.count("before:") == done.stdout.count("pi*: E[r]") == 1
     code, alone, (_, score) = call(capsys, *TINY, "--max-steps", 3, "--run-dir", tmp_path)
     assert code == 0 and results[0]["score"] == results[1]["score"] == pytest.approx(score, abs=0.1)
     one, two = ((run / "pairs.jsonl").read_text() for run in (tmp_path, folder / "tiny"))
