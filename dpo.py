@@ -8,16 +8,16 @@
 """DPO: direct preference optimization for language models (Rafailov et al., 2023).
 
 The data are pairs of a better answer y_w (chosen) and a worse answer y_l (rejected) to a prompt x.
-Among all policies that stay near a reference π_ref, the one with the highest reward r is known in
-closed form (4). Read backwards, each policy π is the best one for the reward r̂ = β log π/π_ref, up
-to a term that only depends on x. DPO trains π such that r̂ is higher for the better answer of each
-pair. It needs no reward model and no sampling. Equation numbers refer to arXiv 2305.18290:
+The policy that maximizes a reward, E[r] − β KL(π‖π_ref), is known in closed form (4). Solved for r,
+this says: each policy π is the best one for the reward r̂ = β log π/π_ref, plus a term that depends
+on x alone. DPO trains π such that r̂ is higher for the better answer of each pair. It needs no
+reward model and no sampling. Equation numbers refer to arXiv 2305.18290:
 
     π*(y|x) ∝ π_ref(y|x) exp(r(x, y) / β)                                                (4)
     loss = −E log σ(β [log π/π_ref(y_w|x) − log π/π_ref(y_l|x)])                         (7)
 
 The gradient of a pair pushes log π(y_w) up and log π(y_l) down, both with the weight
-β σ(r̂_l − r̂_w), which is large where r̂ is wrong. Answers share the network, so both may fall.
+β σ(r̂_l − r̂_w), which is large where r̂ is wrong. Only their difference counts: both may fall.
 
 Implementation choices:
 [C1] These flags select published variants:
@@ -43,6 +43,7 @@ tokens of a micro-batch.
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl
 """
 
+import functools
 import itertools
 import json
 import math
@@ -111,8 +112,8 @@ def preference_loss(logprob, ref_logprob, beta, loss_type, label_smoothing=0.0, 
 
     logprob and ref_logprob (P, 2) are log π and log π_ref of the chosen and the rejected answer.
     """
-    chosen_ratio, rejected_ratio = (logprob - ref_logprob).unbind(1)              # (P,)
-    log_ratio_diff = chosen_ratio - rejected_ratio
+    chosen_log_ratio, rejected_log_ratio = (logprob - ref_logprob).unbind(1)      # (P,)
+    log_ratio_diff = chosen_log_ratio - rejected_log_ratio
     if loss_type == "ipo":
         return (log_ratio_diff - 1 / (2 * beta)).square()                         # [C1]
     logit = beta * log_ratio_diff - gamma_margin
@@ -153,12 +154,16 @@ def target_logprobs(hidden, targets, weight):
 def token_logprobs(model, inputs, targets, mask, chunk_size=1024):
     """Compute log π of the targets where mask is True, 0 elsewhere; all (R, L).
 
-    The logits are computed in chunks of tokens, and again in the backward pass: those of all tokens
-    at once would be the largest tensor by far.
+    Logits are computed in chunks of tokens. If there are several, the backward pass recomputes them:
+    those of all tokens, (K, V), would be the largest tensor by far.
     """
     hidden = model(inputs)[mask]                                              # (K, D)
+    # Used outside of forward: FSDP leaves these weights gathered after it.
     weight = model.output_weight().to(hidden.dtype)
-    logprobs = [checkpoint(target_logprobs, *chunk, weight, use_reentrant=False)
+    compute = target_logprobs
+    if len(hidden) > chunk_size:
+        compute = functools.partial(checkpoint, target_logprobs, use_reentrant=False)
+    logprobs = [compute(*chunk, weight)
                 for chunk in zip(hidden.split(chunk_size), targets[mask].split(chunk_size))]
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, torch.cat(logprobs))
@@ -271,15 +276,15 @@ def train(args):
     device = setup(args)
     config, weights, tokenizer = load_model(args) if args.model else pretrain(args, device)
     model = make_model(config, weights, device, args)
+    weights = None if args.model else weights  # a --model can be read again
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, args.learning_rate, weight_decay=0.0, fused=True)
     with Logger(args, model, optimizer, weights) as log:
         pairs, heldout = load_pairs(args, tokenizer, model, log.dir)
         if log.ref_logprob is None:  # else --resume has restored it
-            log.ref_logprob = torch.zeros(len(heldout + pairs), 2)
-            if not args.reference_free:
-                log.ref_logprob = score_pairs(model, heldout + pairs, args)       # [C2]
             log.before = None if args.model else evaluate_sums(model, tokenizer, None, args)
+            log.ref_logprob = (torch.zeros(len(heldout + pairs), 2) if args.reference_free
+                               else score_pairs(model, heldout + pairs, args))    # [C2]
         if len(log.ref_logprob) != len(heldout) + len(pairs):
             raise SystemExit(f"--resume {args.resume}: --data has other pairs now")
         heldout_ref, ref_logprob = log.ref_logprob.split([len(heldout), len(pairs)])
@@ -566,8 +571,9 @@ def parse_args():
     except Exception as error:  # a missing or damaged file, or another script's
         raise SystemExit(f"{first.resume}: not a run of this script: {error!r:.150}") from error
     args = tyro.cli(Args, default=saved)
-    if (args.model, args.lora_rank) != (saved.model, saved.lora_rank):
-        raise SystemExit(f"--resume {first.resume}: --model and --lora-rank cannot change")
+    fixed = ("model", "lora_rank", "reference_free")
+    if any(getattr(args, name) != getattr(saved, name) for name in fixed):
+        raise SystemExit(f"--resume {first.resume}: {', '.join(fixed)} cannot change")
     return args
 
 
@@ -729,7 +735,7 @@ def raise_exception(message):
 def addition(rng, held_out=False):
     """Draw two numbers below 100 to add; the answer's digits are reversed.
 
-    "pretrain_answer" is what the tiny GPT learns before: in 8 of 10 sums it forgets to carry.
+    "pretrain_answer" is what the tiny GPT is pretrained on: 8 of 10 of them forget to carry.
     """
     while True:
         a, b = rng.randrange(100), rng.randrange(100)
@@ -852,9 +858,10 @@ def load_pairs(args, tokenizer, model, folder):
                   key=lambda row: row[0])
     if not rows:
         raise SystemExit(f"--data {path}: no rows")
-    last, _ = rows[max(min(args.eval_pairs, len(rows) // 10), 1) - 1]  # equal prompts stay together
-    heldout = [pair for split, pair in rows if split <= last]
-    pairs = [pair for split, pair in rows if split > last]
+    num_heldout = max(min(args.eval_pairs, len(rows) // 10), 1)
+    limit, _ = rows[num_heldout - 1]  # equal prompts stay together, so there may be some more
+    heldout = [pair for split, pair in rows if split <= limit]
+    pairs = [pair for split, pair in rows if split > limit]
     if len(pairs) < args.batch_size:
         raise SystemExit(f"--batch-size {args.batch_size}: there are only {len(pairs)} pairs to "
                          f"learn from, and {len(heldout)} held out")
@@ -902,7 +909,7 @@ def evaluate_sums(model, tokenizer, ref_logprob, args):
     """Measure the tiny GPT on held-out sums, and how far it is from the best policy π*.
 
     All 1,000 answers of three digits are enumerated for some sums. ref_logprob: their "logprob"
-    (B, 1000) before training; None then.
+    (B, 1000) before training, None in that first call.
     """
     rng, result = random.Random("evaluation"), {}
     examples = [addition(rng, held_out=True) for _ in range(1024)]
@@ -948,8 +955,8 @@ PROGRESS = ("step", "seconds", "csv_size", "score", "before", "heldout", "ref_lo
 class Logger:
     """Writes the run's folder (args.json, metrics.csv, checkpoint.pt), progress bar and wandb.
 
-    weights: what the model was made from. before: the evaluation before training. heldout: the last
-    evaluation. ref_logprob: of all answers.
+    weights: those before training. before: evaluate_sums before training. heldout: the last metrics
+    of held-out pairs. ref_logprob: of all answers.
     """
 
     def __init__(self, args, model, optimizer, weights):
@@ -1027,7 +1034,7 @@ class Logger:
                                    ignore_frozen_params=True)
         state = {"args": asdict(self.args), "optimizer": None,
                  "progress": {name: getattr(self, name) for name in PROGRESS},
-                 "pretrained": None if self.args.model else self.weights,
+                 "pretrained": self.weights,
                  "model": dcp.get_model_state_dict(self.model, options=options)}
         if self.optimizer.state:  # if it is empty, dcp would take a step to create it
             state["optimizer"] = dcp.get_optimizer_state_dict(

@@ -18,9 +18,9 @@ Equation numbers refer to DeepSeekMath, arXiv 2402.03300:
     k3 = π_ref/π − log(π_ref/π) − 1                                 estimates the KL   (4)
 
 Implementation choices:
-[C1] --preset selects a variant. "advantage" is what r − mean r is divided by; "loss" says how
-     tokens are averaged, see token_weight. With β = 0 there is no reference policy.
-                advantage      loss     ratio     ε       ε_high  β     paper (arXiv)
+[C1] --preset selects a variant. "scale" is how r − mean r is scaled, see group_advantage; "loss" is
+     how tokens are averaged, see token_weight. With β = 0 there is no reference policy.
+                scale          loss     ratio     ε       ε_high  β     paper (arXiv)
        default  none           dapo     token     0.2     0.28    0
        grpo     group          grpo     token     0.2     0.2     0.04  2402.03300
        dr_grpo  none           dr_grpo  token     0.2     0.2     0     2503.20783
@@ -28,16 +28,16 @@ Implementation choices:
        gspo     group          grpo     sequence  0.0003  0.0004  0     2507.18071
        cispo    group          cispo    token     0.2     4       0     2506.13585
        rloo     leave-one-out  dr_grpo  token     0.2     0.2     0     2402.14740
-[C2] With one update per batch, π_old = π and ρ = 1. The value of the loss then says nothing: it is
-     near 0, as the advantages of a group add up to 0. Its gradient is that of REINFORCE with a
-     baseline. π_old is computed by the trainer, not by the sampler, so ρ is exactly 1.
+[C2] With one update per batch, π_old = π and ρ = 1. The loss is then near 0, as the advantages of a
+     group add up to 0, and says nothing about progress. Its gradient is not 0: it is that of
+     REINFORCE with a baseline. The trainer computes π_old, not the sampler, so ρ is exactly 1.
 [C3] The KL term is ρ k3, not k3: the gradient of k3 alone is, on average, that of KL(π_ref‖π).
 [C4] Groups with equal rewards have Â = 0. Their tokens do not count in the loss, its denominator or
      the KL term.
 [C5] Means are over the whole batch, so the gradient does not depend on --micro-batch-size or on
      the number of processes.
 [C6] The stop token is part of the completion and is trained on. The prompt is not.
-[C7] π includes the temperature, both in sampling and in the loss.
+[C7] π is softmax(logits / temperature), both in sampling and in the loss.
 
 Shapes: B prompts (of this process), G completions of each, R = B G rows of L inputs and targets, C
 tokens of the longest possible completion, V vocabulary size, D hidden size, K trained tokens of a
@@ -47,6 +47,7 @@ micro-batch.
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data questions.jsonl
 """
 
+import functools
 import json
 import math
 import os
@@ -81,7 +82,7 @@ class Args:
     model: str = ""  # Hugging Face folder or hub id: Llama, Qwen2, Qwen3; default: a tiny GPT
     data: str = ""  # JSON lines with `prompt` (text or messages) and `answer`; needs --model
     seed: int = 1
-    max_steps: int = 400  # batches to generate and learn from
+    max_steps: int = 300  # batches to generate and learn from
     batch_size: int = 128  # prompts per batch, over all processes
     num_generations: int = 8  # G: completions per prompt
     max_completion_length: int = 4  # C: tokens per completion
@@ -91,7 +92,7 @@ class Args:
     preset: str = "default"  # a row of the table [C1]; gives the next six flags their defaults
     scale_rewards: Literal["group", "batch", "none", "leave-one-out"] = "none"  # of advantages
     loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = "dapo"  # how tokens are averaged
-    importance_sampling_level: Literal["token", "sequence"] = "token"  # a ratio for each
+    importance_sampling_level: Literal["token", "sequence"] = "token"  # one ratio for each
     epsilon: float = 0.2  # clip the ratio below 1 - epsilon
     epsilon_high: float = 0.28  # clip the ratio above 1 + epsilon_high
     beta: float = 0.0  # coefficient of the KL divergence from the initial model
@@ -161,7 +162,7 @@ def policy_loss(ratio, logprob, advantage, loss_type, epsilon, epsilon_high):
 
 
 def kl_estimate(logprob, old_logprob, ref_logprob):
-    """Compute ρ k3 of each token, (R, L) as the inputs; its gradient is that of KL(π‖π_ref)."""
+    """Compute ρ k3 of each token, (R, L); on average its gradient is that of KL(π‖π_ref)."""
     log_ratio = ref_logprob - logprob
     k3 = log_ratio.exp() - log_ratio - 1                                      # (4)
     return (logprob - old_logprob).exp() * k3                                 # [C3]
@@ -199,12 +200,16 @@ def target_logprobs(hidden, targets, weight, temperature):
 def token_logprobs(model, inputs, targets, mask, temperature=1.0, chunk_size=1024):
     """Compute log π of the targets where mask is True, 0 elsewhere; all (R, L).
 
-    The logits are computed in chunks of tokens, and again in the backward pass: those of all tokens
-    at once would be the largest tensor by far.
+    Logits are computed in chunks of tokens. If there are several, the backward pass recomputes them:
+    those of all tokens, (K, V), would be the largest tensor by far.
     """
     hidden = model(inputs)[mask]                                              # (K, D)
+    # Used outside of forward: FSDP leaves these weights gathered after it.
     weight = model.output_weight().to(hidden.dtype)
-    logprobs = [checkpoint(target_logprobs, *chunk, weight, temperature, use_reentrant=False)
+    compute = target_logprobs
+    if len(hidden) > chunk_size:
+        compute = functools.partial(checkpoint, target_logprobs, use_reentrant=False)
+    logprobs = [compute(*chunk, weight, temperature)
                 for chunk in zip(hidden.split(chunk_size), targets[mask].split(chunk_size))]
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, torch.cat(logprobs))
@@ -260,7 +265,7 @@ def sample(model, prompts, num_generations, max_length, temperature, stop_ids, g
         tokens[active, t] = token
         logprobs[active, t] = logprob.gather(1, token.unsqueeze(1)).squeeze(1)
         finished[active] |= torch.isin(token, stop_ids)
-        if t % 16 == 15:  # drop finished rows; not at every step, as this waits for the GPU
+        if t % 16 == 15 and finished[active].any():  # seldom, as this waits for the GPU
             keep = (~finished[active]).nonzero().squeeze(1)
             active, token = active[keep], token[keep]
             cache.select(keep)
@@ -299,7 +304,7 @@ def generate(sampler, tokenizer, examples, num_generations, temperature, generat
 
 
 class Batch(NamedTuple):
-    """R rows of prompt and completion: first those to learn from, both parts longest row first."""
+    """R rows of prompt and completion: those to learn from first, longer before shorter ones."""
 
     inputs: torch.Tensor  # (R, L) token ids
     targets: torch.Tensor  # (R, L): the tokens that follow
@@ -315,7 +320,7 @@ def generate_batch(sampler, tokenizer, examples, reward, generator, args):
     completions = generate(sampler, tokenizer, examples, G, args.temperature, generator, args)
     rewards = torch.tensor([float(reward(tokenizer.decode(completion.tokens), examples[i // G]))
                             for i, completion in enumerate(completions)]).view(-1, G)  # (B, G)
-    # With --scale-rewards batch the advantage depends on the rewards in all processes.
+    # With --scale-rewards batch it depends on the rewards in all processes.
     advantage = group_advantage(all_gather(rewards), args.scale_rewards)
     advantage = advantage.split(len(rewards))[get_rank()].flatten()               # (R,)
     equal_rewards = (rewards == rewards[:, :1]).all(1).repeat_interleave(G)       # (R,)  [C4]
@@ -323,6 +328,7 @@ def generate_batch(sampler, tokenizer, examples, reward, generator, args):
     trained = ~equal_rewards & (finished | (not args.mask_truncated_completions))
 
     lengths = [len(completion.prompt) + len(completion.tokens) for completion in completions]
+    # Rows to learn from come first, and longer rows before shorter ones: little padding is needed.
     order = sorted(range(len(lengths)), key=lambda i: (bool(trained[i]), lengths[i]), reverse=True)
     rows = [completions[i] for i in order]
     inputs, targets, completion_mask = pad_batch([(row.prompt, row.tokens) for row in rows], device)
@@ -343,8 +349,8 @@ def generate_batch(sampler, tokenizer, examples, reward, generator, args):
 def make_micro_batches(mask, lengths, size):
     """Cut the rows to learn from into micro-batches: pairs of slices, of rows and of columns.
 
-    All processes need equally many, as FSDP makes them run together. Those with fewer rows to learn
-    from add rows whose mask is empty.
+    The first row of a micro-batch is its longest one to learn from. Each process must run the same
+    number of them, as FSDP forward passes involve all processes: some add rows with an empty mask.
     """
     num_rows = int(all_reduce(mask.any(1).sum(), dist.ReduceOp.MAX))
     return [(slice(start, start + size), slice(0, lengths[start] - 1))
@@ -398,6 +404,7 @@ def train(args, reward=default_reward):
     if args.beta:  # with LoRA it shares the frozen weights of the model
         shared = dict(model.named_parameters()) if args.lora_rank else weights
         reference = make_model(config, shared, device, args, is_reference=True)
+    weights = None if args.model else weights  # a --model can be read again
     sampler = make_sampler(model, device, args)
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, args.learning_rate, weight_decay=0.0, fused=True)
@@ -443,7 +450,9 @@ def update_metrics(batch, logprobs, old_logprobs, num_tokens, args):
     """
     log_ratio = logprobs - old_logprobs
     ratio = importance_ratio(logprobs, old_logprobs, batch.mask, args.importance_sampling_level)
-    outside = (ratio < 1 - args.epsilon) | (ratio > 1 + args.epsilon_high)
+    outside = ratio > 1 + args.epsilon_high
+    if args.loss_type != "cispo":  # which has no lower bound
+        outside |= ratio < 1 - args.epsilon
     gap = (old_logprobs - batch.sampled_logprob).abs() * batch.mask
     values = {"approx_kl": log_ratio.exp() - 1 - log_ratio, "clip_fraction": outside * batch.mask,
               "sampler_gap_mean": gap}
@@ -816,7 +825,7 @@ def setup(args):
     if args.data and not Path(args.data).is_file():
         raise SystemExit(f"--data {args.data}: no such file")
     if args.num_generations < 2 or args.temperature <= 0:
-        raise SystemExit("--num-generations below 2 or --temperature 0: all of a group are equal")
+        raise SystemExit("--num-generations must be at least 2, --temperature above 0")
     torch.manual_seed(args.seed)  # the same weights in all processes
     return device
 
@@ -956,7 +965,7 @@ def raise_exception(message):
 def addition(rng, held_out=False):
     """Draw two numbers below 100 to add; the answer's digits are reversed.
 
-    "pretrain_answer" is what the tiny GPT learns before: in 8 of 10 sums it forgets to carry.
+    "pretrain_answer" is what the tiny GPT is pretrained on: 8 of 10 of them forget to carry.
     """
     while True:
         a, b = rng.randrange(100), rng.randrange(100)
@@ -1059,7 +1068,7 @@ def pretrain(args, device):
 
 
 def evaluate(sampler, tokenizer, examples, temperature, reward, args):
-    """Return the mean reward on all examples, and the completions of those of this process."""
+    """Return the mean reward on all examples, and the completions of this process's share."""
     examples = local_rows(examples)
     rng = torch.Generator(args.device).manual_seed(args.seed)
     completions = generate(sampler, tokenizer, examples, 1, temperature, rng, args)
@@ -1173,7 +1182,7 @@ class Logger:
                                    ignore_frozen_params=True)
         state = {"args": asdict(self.args), "optimizer": None,
                  "progress": {name: getattr(self, name) for name in PROGRESS},
-                 "pretrained": None if self.args.model else self.weights,
+                 "pretrained": self.weights,
                  "model": dcp.get_model_state_dict(self.model, options=options)}
         if self.optimizer.state:  # if it is empty, dcp would take a step to create it
             state["optimizer"] = dcp.get_optimizer_state_dict(

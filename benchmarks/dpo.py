@@ -69,6 +69,7 @@ def step_ours(model, bf16, steps):
     args = dpo.default_args(model, device="cpu", bf16=bf16)
     config, weights, tokenizer = dpo.load_model(args)
     policy = dpo.make_model(config, weights, device, args)
+    del weights
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, weight_decay=0.0, fused=True)
     pairs = [dpo.read_pair(row, tokenizer, 2048) for row in rows_of_pairs()]
     pairs = [pairs[i] for i in dpo.by_length(pairs, range(16))]

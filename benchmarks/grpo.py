@@ -57,10 +57,10 @@ def step_ours(model, bf16, steps):
     grpo = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(grpo)
     device = torch.device("cpu")
-    args = grpo.default_args(model, device="cpu", bf16=bf16, max_completion_length=32,
-                             micro_batch_size=16)
+    args = grpo.default_args(model, device="cpu", bf16=bf16, max_completion_length=32)
     config, weights, tokenizer = grpo.load_model(args)
     policy = grpo.make_model(config, weights, device, args)
+    del weights
     sampler = grpo.make_sampler(policy, device, args)
     tokenizer.stop_ids = [-1]  # completions of exactly 32 tokens
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, fused=True)

@@ -30,7 +30,7 @@ ablations, cartpole, curves, dpo, grpo, mutants, ppo, tasks = map(importlib.impo
     "ablations", "cartpole", "curves", "dpo", "grpo", "run", "ppo", "tasks"))
 
 LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "ppo", "grpo", "dpo"]
-BELOW = re.compile(r"\n# (?:--- The algorithm ends here|Below this line)")
+BELOW = re.compile(r"\n# --- The algorithm ends here")
 TAGGED = re.compile(r"\s*(.*\S)\s{2,}# ((?:\(\d|\[C).*)")  # a line of code, and what it bears
 INTRO = """# Every line earns its place
 

@@ -1384,7 +1384,7 @@ def torchrun(*command):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=60)
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun ends its workers
         process.communicate(timeout=60)
