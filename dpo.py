@@ -79,7 +79,7 @@ class Args:
     data: str = ""  # JSON lines with `prompt`, `chosen` and `rejected`; needs --model
     skip_bad_rows: bool = False  # leave out rows that cannot be used, and print how many
     seed: int = 1
-    max_steps: int = 250  # batches to learn from
+    max_steps: int = 400  # batches to learn from
     batch_size: int = 256  # pairs per batch, over all processes
     learning_rate: float = 5e-4  # initial AdamW step size [C3]
     max_grad_norm: float = 1.0  # clip the gradient norm to this
@@ -90,7 +90,7 @@ class Args:
     reference_free: bool = False  # leave out the reference policy [C1]
     gamma_margin: float = 0.0  # target margin between the rewards of chosen and rejected [C1]
     nll_coef: float = 0.0  # coefficient of the negative log-likelihood of chosen [C1]
-    train_pairs: int = 20_000  # pairs to make for the tiny GPT
+    train_pairs: int = 25_000  # pairs to make for the tiny GPT
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before DPO
     eval_every: int = 20  # batches between evaluations on held-out pairs
     eval_pairs: int = 256  # held-out pairs
@@ -154,8 +154,8 @@ def target_logprobs(hidden, targets, weight):
 def token_logprobs(model, inputs, targets, mask, chunk_size=1024):
     """Compute log π of the targets where mask is True, 0 elsewhere; all (R, L).
 
-    Logits are computed in chunks of tokens. If there are several, the backward pass recomputes them:
-    those of all tokens, (K, V), would be the largest tensor by far.
+    Logits are computed in chunks of tokens. If there are several, the backward pass recomputes
+    them, as those of all tokens, (K, V), would be the largest tensor by far.
     """
     hidden = model(inputs)[mask]                                              # (K, D)
     # Used outside of forward: FSDP leaves these weights gathered after it.

@@ -200,8 +200,8 @@ def target_logprobs(hidden, targets, weight, temperature):
 def token_logprobs(model, inputs, targets, mask, temperature=1.0, chunk_size=1024):
     """Compute log π of the targets where mask is True, 0 elsewhere; all (R, L).
 
-    Logits are computed in chunks of tokens. If there are several, the backward pass recomputes them:
-    those of all tokens, (K, V), would be the largest tensor by far.
+    Logits are computed in chunks of tokens. If there are several, the backward pass recomputes
+    them, as those of all tokens, (K, V), would be the largest tensor by far.
     """
     hidden = model(inputs)[mask]                                              # (K, D)
     # Used outside of forward: FSDP leaves these weights gathered after it.
