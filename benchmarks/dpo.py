@@ -37,7 +37,8 @@ SEEDS, BETAS = range(11, 16), (0.25, 0.5, 1.0, 2.0, 4.0)
 RESULTS = ["seed", "seconds", "pair_accuracy", "greedy_before", "sampled_before", "greedy_after",
            "sampled_after", "reward_before", "reward_after", "reward_best", "kl_to_ref",
            "kl_to_best_before", "kl_to_best_after"]
-PICTURES = {"img/dpo_frontier.png": "Mean reward against KL to the reference, learned and exact"}
+PICTURES = {"img/dpo_frontier.png": "Mean reward against KL to the reference, learned and "
+            "exact (with an earlier version of dpo.py)"}
 SPEEDS = ["contestant", "run", "seconds_per_step", "peak_mib"]
 FRONTIER = ["policy", "beta", "seed", "kl_to_ref", "reward"]
 

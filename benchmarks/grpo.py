@@ -38,7 +38,8 @@ SEEDS = range(11, 16)
 PROMPTS = [[{"role": "user", "content": f"What is {a} + {b}? Answer with the number alone."}]
            for a, b in ((12, 7), (45, 38))]
 RESULTS = ["seed", "seconds", "greedy_before", "sampled_before", "greedy_after", "sampled_after"]
-PICTURES = {"img/grpo_curve.png": "Held-out accuracy of SmolLM2-135M on sums, by batches"}
+PICTURES = {"img/grpo_curve.png": "Held-out accuracy of SmolLM2-135M on sums, by batches "
+            "(with an earlier version of grpo.py)"}
 SPEEDS = ["contestant", "run", "seconds_per_step", "peak_mib"]
 CURVE = "--batch-size 8 --num-generations 8 --max-completion-length 16 --eval-every 10 " \
         "--eval-prompts 128 --learning-rate 5e-6 --max-steps 400"
@@ -125,7 +126,7 @@ def measure(contestant, model, steps):
 
 
 def speed_rows(model):
-    for run in (1, 2):
+    for run in (1,):
         for name in CONTESTANTS:
             call = f"import grpo; grpo.measure({name!r}, {model!r}, 8)"
             done = subprocess.run([sys.executable, "-c", call], cwd=HERE, check=True, text=True,

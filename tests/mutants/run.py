@@ -30,7 +30,9 @@ ROOT = HERE.parent.parent
 # Each mutant's tests run in a fork of a process that has loaded what they all need: most of them
 # take less time than that.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pytest", "torch", "torch._dynamo", "gymnasium", "tyro"])
+SERVER.set_forkserver_preload([
+    "pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "gymnasium", "tyro",
+    "torch.distributed.checkpoint.state_dict", "transformers"])
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in conftest.py: read when torch is loaded
 COLUMNS = ["script", "line", "bug", "caught_by", "seconds"]
 
