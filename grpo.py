@@ -32,8 +32,7 @@ Implementation choices:
      group add up to 0, and says nothing about progress. Its gradient is not 0: it is that of
      REINFORCE with a baseline. The trainer computes π_old, not the sampler, so ρ is exactly 1.
 [C3] The KL term is ρ k3, not k3: the gradient of k3 alone is, on average, that of KL(π_ref‖π).
-[C4] Groups with equal rewards have Â = 0. Their tokens do not count in the loss, its denominator or
-     the KL term.
+[C4] Groups with equal rewards have Â = 0. They count neither in the loss nor in its denominator.
 [C5] Means are over the whole batch, so the gradient does not depend on --micro-batch-size or on
      the number of processes.
 [C6] The stop token is part of the completion and is trained on. The prompt is not.
