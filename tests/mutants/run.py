@@ -70,8 +70,8 @@ def pytest(folder, tests, processes=0):
         return None, "hangs"
     output = Path(folder, "output").read_text()
     failed = re.search(r"^FAILED tests/(.*?)( - |$)", output, re.MULTILINE)
-    if failed:
-        return process.exitcode, failed[1]
+    if failed and process.exitcode:  # 1, or another if the process then broke down at its exit
+        return 1, failed[1]
     status = process.exitcode if process.exitcode != 1 else None  # 1: it broke off, no test failed
     return status, output.strip()[-300:]
 
