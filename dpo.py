@@ -777,7 +777,8 @@ def pretrain(args, device):
             nn.init.normal_(param, std=0.1)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=True)
     rng = random.Random(f"pretrain {args.seed}")
-    for step in tqdm(range(args.pretrain_steps), "pretraining", leave=False, disable=None):
+    hidden = None if get_rank() == 0 else True  # None: only in a terminal
+    for step in tqdm(range(args.pretrain_steps), "pretraining", leave=False, disable=hidden):
         remaining = 1 - step / args.pretrain_steps
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 3 * remaining)
         examples = [addition(rng) for _ in range(256)]
@@ -1030,8 +1031,8 @@ class Logger:
 
         All processes must take part, as the weights may be sharded.
         """
-        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True,
-                                   ignore_frozen_params=True)
+        options = dcp.StateDictOptions(
+            full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         state = {"args": asdict(self.args), "optimizer": None,
                  "progress": {name: getattr(self, name) for name in PROGRESS},
                  "pretrained": self.weights,
@@ -1063,7 +1064,7 @@ class Logger:
         # After an error in one of several processes the others would wait forever.
         if kind is None or (issubclass(kind, Exception) and not dist.is_initialized()):
             self.save()
-        if get_rank() == 0:
+        if get_rank() == 0 and kind is not SystemExit:  # a mistake of the user's has its own line
             print(f"score {self.score:.3f} after {self.step} batches, {self.seconds:.0f} s; "
                   f"files in {self.dir}")
         if self.interrupted and kind in (None, KeyboardInterrupt):

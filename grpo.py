@@ -89,9 +89,9 @@ class Args:
     learning_rate: float = 3e-4  # AdamW step size
     max_grad_norm: float = 1.0  # clip the gradient norm to this
     preset: str = "default"  # a row of the table [C1]; gives the next six flags their defaults
-    scale_rewards: Literal["group", "batch", "none", "leave-one-out"] = "none"  # of advantages
+    scale_rewards: Literal["group", "batch", "none", "leave-one-out"] = "none"  # how to scale [C1]
     loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = "dapo"  # how tokens are averaged
-    importance_sampling_level: Literal["token", "sequence"] = "token"  # one ratio for each
+    importance_sampling_level: Literal["token", "sequence"] = "token"  # a ratio per token or row
     epsilon: float = 0.2  # clip the ratio below 1 - epsilon
     epsilon_high: float = 0.28  # clip the ratio above 1 + epsilon_high
     beta: float = 0.0  # coefficient of the KL divergence from the initial model
@@ -319,7 +319,7 @@ def generate_batch(sampler, tokenizer, examples, reward, generator, args):
     completions = generate(sampler, tokenizer, examples, G, args.temperature, generator, args)
     rewards = torch.tensor([float(reward(tokenizer.decode(completion.tokens), examples[i // G]))
                             for i, completion in enumerate(completions)]).view(-1, G)  # (B, G)
-    # With --scale-rewards batch it depends on the rewards in all processes.
+    # With --scale-rewards batch, advantages depend on the rewards of all processes.
     advantage = group_advantage(all_gather(rewards), args.scale_rewards)
     advantage = advantage.split(len(rewards))[get_rank()].flatten()               # (R,)
     equal_rewards = (rewards == rewards[:, :1]).all(1).repeat_interleave(G)       # (R,)  [C4]
@@ -1051,7 +1051,8 @@ def pretrain(args, device):
             nn.init.normal_(param, std=0.1)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=True)
     rng = random.Random(f"pretrain {args.seed}")
-    for step in tqdm(range(args.pretrain_steps), "pretraining", leave=False, disable=None):
+    hidden = None if get_rank() == 0 else True  # None: only in a terminal
+    for step in tqdm(range(args.pretrain_steps), "pretraining", leave=False, disable=hidden):
         remaining = 1 - step / args.pretrain_steps
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 3 * remaining)
         examples = [addition(rng) for _ in range(256)]
@@ -1177,8 +1178,8 @@ class Logger:
 
         All processes must take part, as the weights may be sharded.
         """
-        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True,
-                                   ignore_frozen_params=True)
+        options = dcp.StateDictOptions(
+            full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         state = {"args": asdict(self.args), "optimizer": None,
                  "progress": {name: getattr(self, name) for name in PROGRESS},
                  "pretrained": self.weights,
@@ -1210,7 +1211,7 @@ class Logger:
         # After an error in one of several processes the others would wait forever.
         if kind is None or (issubclass(kind, Exception) and not dist.is_initialized()):
             self.save()
-        if get_rank() == 0:
+        if get_rank() == 0 and kind is not SystemExit:  # a mistake of the user's has its own line
             print(f"score {self.score:.3f} after {self.step} batches, {self.seconds:.0f} s; "
                   f"files in {self.dir}")
         if self.interrupted and kind in (None, KeyboardInterrupt):

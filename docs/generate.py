@@ -47,7 +47,8 @@ Where an entry ends in two scores, the broken copy and the script as it is were 
 same seeds (`benchmarks/lines.csv` has the flags): ten, on CartPole-v1 for 100,000 steps or on the
 sums; each number is the interquartile mean of the score at the end. {harmless} of
 {shown} broken copies end at 95 % of the right one's score or above. That is why such bugs live: the
-learning curve does not show them, and a test has to.
+learning curve does not show them, and a test has to. The scores of `grpo.py` and `dpo.py` were
+measured with earlier versions of these scripts.
 """
 
 
