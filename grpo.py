@@ -813,7 +813,8 @@ def default_args(model="", preset="default", lora_rank=0, **overrides):
         raise SystemExit(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
     values = {"model": model, "preset": preset, "lora_rank": lora_rank} | PRESETS[preset]
     if model:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        is_cuda = torch.device(overrides.get("device", Args.device)).type == "cuda"
+        bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         values |= {"batch_size": 32, "max_completion_length": 256, "micro_batch_size": 8,
                    "learning_rate": 1e-4 if lora_rank else 2e-6, "bf16": bf16,
                    "warmup_ratio": 0.1, "eval_every": 0, "eval_prompts": 0}
@@ -825,7 +826,8 @@ def parse_args():
     # A first pass finds these flags; --help is left to the second pass.
     first = tyro.cli(Args, args=[arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
     if not first.resume:
-        return tyro.cli(Args, default=default_args(first.model, first.preset, first.lora_rank))
+        return tyro.cli(Args, default=default_args(
+            first.model, first.preset, first.lora_rank, device=first.device))
     try:
         saved = Args(**load_checkpoint(first.resume)["args"])
     except Exception as error:  # a missing or damaged file, or another script's
@@ -1149,9 +1151,10 @@ def read_rows(path, parse, skip_bad_rows):
     It returns None for a row that is too long.
     """
     rows, bad = [], Counter()
-    for place, row in read_json(Path(path)):
+    for number, row in read_json(Path(path)):
+        place = "line" if isinstance(row, str) else "item"
         try:
-            row = json.loads(row) if isinstance(row, str) else row
+            row = json.loads(row) if place == "line" else row
             if not isinstance(row, dict):
                 raise ValueError("not a JSON object")
             rows.append(parse(row))
@@ -1159,7 +1162,7 @@ def read_rows(path, parse, skip_bad_rows):
             is_json = not isinstance(error, json.JSONDecodeError)
             reason = str(error) if is_json else "not JSON; expected JSON lines or a JSON array"
             if not skip_bad_rows:
-                raise SystemExit(f"--data {path}, {place}: {reason}") from error
+                raise SystemExit(f"--data {path}, {place} {number}: {reason}") from error
             bad[reason] += 1
     used = [row for row in rows if row is not None]
     if get_rank() == 0:
@@ -1173,16 +1176,14 @@ def read_rows(path, parse, skip_bad_rows):
 
 
 def read_json(path):
-    """Yield (place, row) for JSON lines, each a text, or for a JSON array; .gz is unpacked."""
+    """Yield (number, line) for JSON lines, (number, item) for a JSON array; .gz is unpacked."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             is_array = file.read(100).lstrip().startswith("[")
             file.seek(0)
-            rows = json.load(file) if is_array else file
-            for number, row in enumerate(rows, 1):
-                if is_array or row.strip():
-                    yield f"item {number}" if is_array else f"line {number}", row
+            rows = enumerate(json.load(file) if is_array else file, 1)
+            yield from (row for row in rows if is_array or row[1].strip())
     except (OSError, EOFError, ValueError) as error:
         raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
 
