@@ -127,6 +127,7 @@ def draw_overview(pictures):
     for axes in (grpo_axes, dpo_axes):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.get_layout_engine().set(hspace=0.06, wspace=0.04)
     figure.savefig(IMAGES / "overview.png")
 
 

@@ -80,8 +80,8 @@ def solves(name):
     """What a script solves, and in how many seconds."""
     if name in PEERS:
         rows = language_rows(name)
-        return (f"sums: {100 * mean(rows, 'greedy_before'):.0f} % right before, "
-                f"{100 * mean(rows, 'greedy_after'):.0f} % after {median(rows, 'seconds'):.0f} s")
+        return (f"sums: {100 * mean(rows, 'greedy_before'):.0f}% right before, "
+                f"{100 * mean(rows, 'greedy_after'):.0f}% after {median(rows, 'seconds'):.0f} s")
     rows = cartpole.grouped(cartpole.read_rows(BENCHMARKS / "cartpole.csv"))[name]
     solved = sum(row["solved"] for row in rows)
     seconds = cartpole.median(rows, "process_seconds", True)
