@@ -320,8 +320,8 @@ def solve_table(rows):
 
 def equal_table(rows):
     """Markdown: without a stop."""
-    lines = ["| table | contestant | runs | steps | training, s | steps per second | score at end "
-             "| reached 475 | at step |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| settings | contestant | runs | steps | training, s | steps per second "
+             "| score at end | reached 475 | at step |", "|---|---|---|---|---|---|---|---|---|"]
     for table in EQUAL:
         groups = grouped(row for row in rows if row["table"] == table)
         for name, group in groups.items():

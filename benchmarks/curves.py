@@ -2,6 +2,7 @@
 
     python benchmarks/curves.py            run all, write curves.csv, draw docs/img
     python benchmarks/curves.py --only pendulum    run what one picture shows
+    python benchmarks/curves.py --only cartpole --scripts ppo      run one script again
     python benchmarks/curves.py --report   draw from the files, run nothing
 
 docs/img/overview.png also shows grpo_curve.csv and dpo_frontier.csv.
@@ -158,15 +159,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--report", action="store_true", help="only draw from the files")
     parser.add_argument("--only", nargs="+", choices=TITLES, help="pictures; keep the others' rows")
+    parser.add_argument("--scripts", nargs="+", choices=LADDER, help="keep the others' rows")
     args = parser.parse_args()
     if not args.report:
         pictures, source = args.only or list(dict.fromkeys(TITLES)), cartpole.provenance()
-        jobs = [(run, 11 + i) for run in RUNS if run[0] in pictures for i in range(run[4])]
-        kept = [row for row in read() if row["picture"] not in pictures]
+        scripts = args.scripts or LADDER
+        jobs = [(run, 11 + i) for run in RUNS if run[0] in pictures and run[2] in scripts
+                for i in range(run[4])]
+        kept = [row for row in read()
+                if row["picture"] not in pictures or row["contestant"] not in scripts]
         with ThreadPoolExecutor(2) as pool:
             rows = (row for part in pool.map(curve, jobs) for row in part)
             cartpole.write_rows(HERE / "curves.csv", COLUMNS, itertools.chain(kept, rows))
-        cartpole.record("curves.json", pictures, source)
+        parts = [f"{picture}, {', '.join(args.scripts)}" if args.scripts else picture
+                 for picture in pictures]
+        cartpole.record("curves.json", parts, source)
     draw()
 
 

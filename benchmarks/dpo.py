@@ -211,8 +211,9 @@ def read(name):
 
 def default_table():
     """Markdown, from dpo.csv."""
-    lines = ["| seed | seconds | greedy before | after | sampled before | after | E[r] of π* "
-             "| KL(π‖π*) before | after |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| seed | seconds | greedy before | greedy after | sampled before | sampled after "
+             "| E[r] of π* | KL(π‖π*) before | KL(π‖π*) after |",
+             "|---|---|---|---|---|---|---|---|---|"]
     for row in read("dpo.csv"):
         lines.append("| {seed} | {seconds} | {greedy_before} | {greedy_after} | {sampled_before} | "
                      "{sampled_after} | {reward_best} | {kl_to_best_before} | {kl_to_best_after} |"
@@ -227,8 +228,8 @@ def speed_table():
         mine = [row for row in rows if row["contestant"] == name]
         medians[name] = [statistics.median(float(row[column]) for row in mine)
                          for column in SPEEDS[2:]]
-    lines = ["| contestant | pairs per second | TRL's time over it, same precision | peak MiB "
-             "| of TRL's |", "|---|---|---|---|---|"]
+    lines = ["| contestant | pairs per second | speed relative to TRL, same precision "
+             "| peak memory, MiB | memory relative to TRL |", "|---|---|---|---|---|"]
     for name, (seconds, peak) in medians.items():
         peer = medians["trl " + name.split()[1]]
         lines.append(f"| {name} | {16 / seconds:.2f} | {peer[0] / seconds:.1f} | {peak:,.0f} "

@@ -204,7 +204,7 @@ def read(name):
 
 def default_table():
     """Markdown, from grpo.csv."""
-    lines = ["| seed | seconds | greedy before | after | sampled before | after |",
+    lines = ["| seed | seconds | greedy before | greedy after | sampled before | sampled after |",
              "|---|---|---|---|---|---|"]
     for row in read("grpo.csv"):
         lines.append("| {seed} | {seconds} | {greedy_before} | {greedy_after} | {sampled_before} "
@@ -220,8 +220,8 @@ def speed_table():
         medians[name] = [statistics.median(float(row[column]) for row in mine)
                          for column in SPEEDS[2:]]
     peer = medians["trl float32"]
-    lines = ["| contestant | seconds a step | TRL's float32 time over it | peak MiB "
-             "| of TRL's float32 |", "|---|---|---|---|---|"]
+    lines = ["| contestant | seconds per step | speed relative to TRL float32 | peak memory, MiB "
+             "| memory relative to TRL float32 |", "|---|---|---|---|---|"]
     lines += [f"| {name} | {seconds:.2f} | {peer[0] / seconds:.1f} | {peak:,.0f} "
               f"| {peak / peer[1]:.2f} |" for name, (seconds, peak) in medians.items()]
     return "\n".join(lines)

@@ -97,6 +97,19 @@ def files():
     return "\n".join(lines)
 
 
+def picture(results_page):
+    """Markdown below docs/img/overview.png: which of its panels are not of today's scripts."""
+    parts = {"CartPole": ("curves.json", "cartpole"),
+             "HalfCheetah": ("curves.json", "half_cheetah"),
+             "GRPO": ("grpo.json", "curve"), "DPO": ("dpo.json", "frontier")}
+    old = [panel for panel, entry in parts.items() if "earlier" in cartpole.note(*entry)]
+    text = "`python benchmarks/curves.py --report` draws this picture from the committed CSVs."
+    if old:
+        text += (f" Panels with curves of earlier versions of the scripts: {', '.join(old)} "
+                 f"([details]({results_page}#learning-curves)).")
+    return text
+
+
 def ladder():
     """Markdown for docs/index.md: a line for each page of a script."""
     lines = ["| page | new in this script | solves |", "|---|---|---|"]
@@ -172,8 +185,9 @@ def tables():
     equal = cartpole.equal_table(cartpole.read_rows(BENCHMARKS / "cartpole_equal.csv"))
     scores = [task for task, *_ in ppo.TASKS]
     return {
-        "README.md": {"files": files(), "results": results(), "mutants": mutants()},
-        "docs/index.md": {"ladder": ladder()},
+        "README.md": {"picture": picture("docs/results.md"), "files": files(),
+                      "results": results(), "mutants": mutants()},
+        "docs/index.md": {"ladder": ladder(), "picture": picture("results.md")},
         "docs/results.md": {
             "solve": with_sources(solve, "cartpole.json", "cartpole.csv", "cartpole.csv, ppo"),
             "equal": with_sources(equal, "cartpole.json", "cartpole_equal.csv"),
