@@ -251,7 +251,7 @@ def sources(name, *parts):
             origins.setdefault(text, []).append(part)
     if len(origins) == 1:
         return f"- {next(iter(origins))}"
-    return "\n".join(f"- {', '.join(names)}: {text}" for text, names in origins.items())
+    return "\n".join(f"- {'; '.join(names)}: {text}" for text, names in origins.items())
 
 
 def benchmark(out_dir, contestants, seeds, skip_equal):

@@ -1,8 +1,8 @@
-"""Put the measured tables into README.md and docs, and what to expect of a run into the docstrings.
+"""Write the measured tables into README.md and docs/, and expected results into the docstrings.
 
     python benchmarks/readme.py            rewrite the tables between their markers, and the lines
                                            after "Results, ten seeds" in the scripts
-    python benchmarks/readme.py --check    exit code 1 where something else stands there
+    python benchmarks/readme.py --check    exit code 1 if a file is out of date
 """
 
 import ast
@@ -42,7 +42,7 @@ PEERS = {"grpo": "TRL's GRPOTrainer", "dpo": "TRL's DPOTrainer"}
 
 
 def code_lines(source):
-    """Numbers of the lines that hold code: no blanks, comments or docstrings."""
+    """Numbers of the lines with code: no blanks, comments or docstrings."""
     skip, prose, code = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT,
                          tokenize.DEDENT, tokenize.ENDMARKER), set(), set()
     for node in ast.walk(ast.parse(source)):
@@ -55,7 +55,7 @@ def code_lines(source):
 
 
 def sizes(name):
-    """Code lines of a script, and of these down to the end of train."""
+    """The number of code lines of a script, and of those up to the end of train."""
     source = (ROOT / f"{name}.py").read_text()
     end = next(node.end_lineno for node in ast.parse(source).body
                if isinstance(node, ast.FunctionDef) and node.name == "train")
@@ -98,7 +98,7 @@ def files():
 
 
 def picture(results_page):
-    """Markdown below docs/img/overview.png: which of its panels are not of today's scripts."""
+    """Markdown below docs/img/overview.png: its command, and panels of earlier versions."""
     parts = {"CartPole": ("curves.json", "cartpole"),
              "HalfCheetah": ("curves.json", "half_cheetah"),
              "GRPO": ("grpo.json", "curve"), "DPO": ("dpo.json", "frontier")}
@@ -168,19 +168,19 @@ def results():
 
 
 def mutants():
-    """Markdown: how many, and how many of them a test has noticed."""
+    """Markdown: the number of known bugs, and how many of them a test catches."""
     with (BENCHMARKS / "mutants.csv").open(newline="") as file:
         caught = [bool(row["caught_by"]) for row in csv.DictReader(file)]
     return f"**{len(caught)} known bugs, {sum(caught)} caught.**"
 
 
 def with_sources(table, name, *parts):
-    """A table of docs/results.md and where it comes from."""
+    """A table of docs/results.md with the commands that measured it."""
     return f"{table}\n\nMeasured by:\n\n{cartpole.sources(name, *parts)}"
 
 
 def tables():
-    """{file: {name of a marker in it: what stands there}}."""
+    """{file: {name of a marker: its Markdown}}."""
     solve = cartpole.solve_table(cartpole.read_rows(BENCHMARKS / "cartpole.csv"))
     equal = cartpole.equal_table(cartpole.read_rows(BENCHMARKS / "cartpole_equal.csv"))
     scores = [task for task, *_ in ppo.TASKS]
@@ -208,7 +208,7 @@ def tables():
 
 
 def render(text, parts):
-    """A text with each part between <!-- name --> and <!-- end --> made anew."""
+    """A text with each part between <!-- name --> and <!-- end --> replaced."""
     for name, table in parts.items():
         before, rest = text.split(f"<!-- {name} -->\n", 1)
         text = f"{before}<!-- {name} -->\n{table}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
@@ -216,7 +216,7 @@ def render(text, parts):
 
 
 def expected(name):
-    """Lines for the docstring of a script: what its runs reach, from cartpole.csv and tasks.csv."""
+    """Lines of expected results for the docstring of a script, from cartpole.csv and tasks.csv."""
     rows = cartpole.grouped(cartpole.read_rows(BENCHMARKS / "cartpole.csv"))[name]
     runs = {"CartPole-v1 to 475": [(row["solved"], row["steps"], row["train_seconds"])
                                    for row in rows]}
@@ -245,7 +245,7 @@ def expected_of_ppo():
 
 
 def with_results(name, source):
-    """The source of a script with today's results in its docstring."""
+    """The source of a script with the measured results in its docstring."""
     lines = "\n".join(expected_of_ppo() if name == "ppo" else expected(name))
     pattern = r'(\nResults, ten seeds.*:\n)[^"]*"""'
     return re.sub(pattern, rf'\g<1>{lines}\n"""', source, count=1)
@@ -259,7 +259,7 @@ def main():
         texts[path] = with_results(name, path.read_text())
     for path, text in texts.items():
         if "--check" in sys.argv and path.read_text() != text:
-            raise SystemExit(f"{path.name} is not what the CSVs say")
+            raise SystemExit(f"{path.name} is out of date: run python benchmarks/readme.py")
         path.write_text(text)
 
 

@@ -1,16 +1,16 @@
-"""Fill in what the pages take from the scripts, the mutants and the CSVs, and make docs/lines.md.
+"""Fill in the parts of docs/ that come from scripts, mutants and CSVs, and write docs/lines.md.
 
     python docs/generate.py            rewrite the parts between their markers
-    python docs/generate.py --check    exit code 1 where a page says something else
+    python docs/generate.py --check    exit code 1 if a page is out of date
 
-A marked part begins with one of these and ends with <!-- end -->:
+A generated part begins with one of these and ends with <!-- end -->:
 
-    <!-- line ppo (7) -->                        the lines of code that bear this number
-    <!-- choices ppo -->                         the lines of code that bear a choice's letter
-    <!-- diff reinforce to reinforce_baseline -->           what differs down to the end of train
-    <!-- diff grpo policy_loss train to dpo preference_loss train -->     ... in these functions
-    <!-- shared grpo dpo -->                     what stands in both, byte for byte
-    <!-- ablation ppo -->                        what was measured of its choices
+    <!-- line ppo (7) -->                        the lines of code with this equation number
+    <!-- choices ppo -->                         the lines of code with the letter of a choice
+    <!-- diff reinforce to reinforce_baseline -->           the diff of the algorithms
+    <!-- diff grpo policy_loss train to dpo preference_loss train -->     ... of these functions
+    <!-- shared grpo dpo -->                     names of the functions that are identical in both
+    <!-- ablation ppo -->                        measurements of its choices
     <!-- results ppo -->                         its tables and pictures
 """
 
@@ -31,7 +31,7 @@ ablations, cartpole, curves, dpo, grpo, mutants, ppo, tasks = map(importlib.impo
 
 LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "ppo", "grpo", "dpo"]
 BELOW = re.compile(r"\n# --- The algorithm ends here")
-TAGGED = re.compile(r"\s*(.*\S)\s{2,}# ((?:\(\d|\[C).*)")  # a line of code, and what it bears
+TAGGED = re.compile(r"\s*(.*\S)\s{2,}# ((?:\(\d|\[C).*)")  # a line of code and its tag
 INTRO = """# Known bugs
 
 After this page you know which single lines decide whether an implementation is correct, and which
@@ -71,7 +71,7 @@ def algorithm(name):
 
 
 def blocks(name):
-    """{name: its lines} of a script's top-level functions and classes, decorators with them."""
+    """{name: lines} of the top-level functions and classes of a script, with decorators."""
     source, kinds = read_script(name), (ast.FunctionDef, ast.ClassDef)
     lines, found = source.split("\n"), {}
     for node in ast.parse(source).body:
@@ -82,7 +82,7 @@ def blocks(name):
 
 
 def cell(code):
-    """A piece of code for a Markdown table, on one line; a bar would end the cell."""
+    """Code as a cell of a Markdown table, on one line. A bar would end the cell."""
     code = " ".join(code.split())
     if "|" not in code:
         return f"`{code}`"
@@ -104,7 +104,7 @@ def line(name, *tag):
 
 
 def choices(name):
-    """A table of the lines that bear a choice's letter, by letter."""
+    """A table of the lines with the letter of a choice, sorted by letter."""
     rows = []
     for number, text in algorithm(name):
         if (match := TAGGED.fullmatch(text)) and (letters := re.findall(r"\[C(\d+)\]", match[2])):
@@ -112,14 +112,14 @@ def choices(name):
             rows.append((int(letters[0]), number, f"| {shown} | {number} | {cell(match[1])} |"))
     letters = re.findall(r"^\[C\d+\]", read_script(name).split('"""')[1], re.MULTILINE)
     rest = [letter for letter in letters if not any(letter in row for *_, row in rows)]
-    note = f"Without a marked line in the algorithm: {', '.join(rest)}. " if rest else ""
+    note = f"Choices without a marked line: {', '.join(rest)}. " if rest else ""
     return "\n".join([
         "| choice | line | code |", "|---|---|---|", *(row for *_, row in sorted(rows)), "",
         f"{note}Broken versions of these lines: [known bugs](lines.md#{name}py)."])
 
 
 def diff(*words):
-    """What differs between two scripts' algorithms, or between some functions of them; folded."""
+    """The diff of the algorithms of two scripts, or of some of their functions; folded."""
     texts, names = [], []
     for part in " ".join(words).split(" to "):
         name, *functions = part.split()
@@ -139,14 +139,14 @@ def diff(*words):
 
 
 def shared(one, other):
-    """Names of what stands in both scripts, byte for byte."""
+    """Names of the functions and classes that are identical in both scripts."""
     blocks_of_one, blocks_of_other = blocks(one), blocks(other)
     same = [name for name, text in blocks_of_one.items() if blocks_of_other.get(name) == text]
     return ", ".join(f"`{name}`" for name in same) + "."
 
 
 def read(name):
-    """Rows of a CSV in benchmarks/; none where it has not been measured."""
+    """Rows of a CSV in benchmarks/; none if there is no such file."""
     path = ROOT / "benchmarks" / name
     if not path.exists():
         return []
@@ -155,14 +155,14 @@ def read(name):
 
 
 def rows_of(table, *names):
-    """Head and rows of a Markdown table in which one of the names stands as a word."""
+    """Head of a Markdown table, and the rows whose first cell has one of the names as a word."""
     head, rule, *rows = table.split("\n")
     words = re.compile(rf"(?<![\w-])(?:{'|'.join(names)})(?:\.py)?(?![\w-])")
     return "\n".join([head, rule, *(row for row in rows if words.search(row.split("|")[1]))])
 
 
 def of_commands(table):
-    """A table whose first column, of commands, pages.css gives more room."""
+    """A table whose first column has commands; pages.css makes it wider."""
     return f'<div class="commands" markdown>\n\n{table}\n\n</div>'
 
 
@@ -206,7 +206,7 @@ def results(name):
 
 
 def places(source):
-    """For each line of a script the name of what it stands in, and its statement's first, last."""
+    """{line: name of its function or class} and {line: (first, last line of its statement)}."""
     tree, inside, statement = ast.parse(source), {}, {}
 
     def visit(node, name):
@@ -240,13 +240,13 @@ def changed(source, mutant):
 
 
 def bare(text):
-    """A line of code without the number or letter that it bears."""
+    """A line of code without its tag."""
     match = TAGGED.fullmatch(text)
     return text[:match.end(1)] if match else text
 
 
 def bug(source, mutant, statement, caught, effect):
-    """(line, the entry of a mutant)."""
+    """(line, entry) of a mutant for docs/lines.md."""
     number, was, broken = changed(source, mutant)
     first, last = statement.get(number, (number, number))
     texts = source.split("\n")[first - 1:max(last, number + len(was) - 1)]
@@ -327,7 +327,7 @@ def lines():
 
 
 def render(text):
-    """A page with each part between <!-- what names --> and <!-- end --> made anew."""
+    """A page with its generated parts replaced."""
     make = {"line": line, "choices": choices, "diff": diff, "shared": shared,
             "ablation": ablation, "results": results}
 
@@ -344,7 +344,7 @@ def main():
     pages[ROOT / "docs" / "lines.md"] = lines()
     for path, text in pages.items():
         if "--check" in sys.argv and (not path.exists() or path.read_text() != text):
-            raise SystemExit(f"{path.name} is not what scripts and CSVs say: docs/generate.py")
+            raise SystemExit(f"{path.name} is out of date: run python docs/generate.py")
         path.write_text(text)
 
 
