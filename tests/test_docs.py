@@ -84,6 +84,26 @@ def test_every_equation_and_choice_of_a_script_is_on_its_page(name):
         assert f"<!-- {part} {name} -->" in page
 
 
+@pytest.mark.parametrize("page", [*SCRIPTS, "theorem"])
+def test_page_begins_with_its_goal_and_ends_with_symptoms(page):
+    text = text_of(page)
+    assert re.search(r"\A# .*\n\n(`.*\n\n)?After this page you know ", text)
+    last = text[text.rindex("\n## "):]
+    assert last.startswith("\n## What goes wrong and how it looks in the log\n\n"
+                           "| symptom | cause | remedy |\n|---|---|---|\n| ")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_columns_and_flags_in_symptoms_exist(name):
+    """A name in backticks in the last table is a flag, a column of metrics.csv or in the script."""
+    source, text = (ROOT / f"{name}.py").read_text(), text_of(name)
+    table = text[text.rindex("\n## "):]
+    for code in re.findall(r"`([^`]+)`", table.replace("$`", "").replace("`$", "")):
+        word = code.removeprefix("--").removeprefix("no-").split()[0].replace("-", "_")
+        word = word.removeprefix("heldout_")  # the script adds this prefix to some columns
+        assert re.search(rf"\b{word}\b", source), code
+
+
 def anchor(heading):
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
