@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
-IRRELEVANT = {"seed", "run_dir", "resume", "checkpoint_every", "eval_episodes", "track",
+IRRELEVANT = {"seed", "run_dir", "resume", "checkpoint_seconds", "eval_episodes", "track",
               "wandb_project"}  # flags that leave the curve's distribution as it is
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
 # Okabe and Ito's, that the colour-blind can tell apart: https://jfly.uni-koeln.de/color/
@@ -138,8 +138,8 @@ def read_run(folder, x_column, column):
 
 
 def task(args):
-    """What a run was trained on: the environment, or for a language model the task or model."""
-    return str(args.get("env_id") or args.get("task") or args.get("model") or "")
+    """What a run was trained on: an environment, a language model, or the sums of the tiny GPT."""
+    return str(args.get("env_id") or args.get("model") or "sums")
 
 
 def group_runs(runs):

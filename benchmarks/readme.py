@@ -90,9 +90,9 @@ def solves(name):
 
 def files():
     """Markdown for README.md: a line for each script."""
-    lines = ["| file | method | new in this file | code lines (to the end of `train`) | solves |",
+    lines = ["| file | method | new in this file | solves | code lines (to the end of `train`) |",
              "|---|---|---|---|---|"]
-    lines += [f"| [`{name}.py`]({name}.py) | {method} | {new} | {sizes(name)} | {solves(name)} |"
+    lines += [f"| [`{name}.py`]({name}.py) | {method} | {new} | {solves(name)} | {sizes(name)} |"
               for name, (method, new) in SCRIPTS.items()]
     return "\n".join(lines)
 
