@@ -34,8 +34,10 @@ BELOW = re.compile(r"\n# --- The algorithm ends here")
 TAGGED = re.compile(r"\s*(.*\S)\s{2,}# ((?:\(\d|\[C).*)")  # a line of code and its tag
 INTRO = """# Known bugs
 
-After this page you know which single lines decide whether an implementation is correct, and which
-test of this project catches each bug.
+After this page you know:
+
+- which single lines decide whether an implementation is correct,
+- which test catches each bug.
 
 Each entry is a bug that occurred in some implementation, or that follows from an equation or from
 the behavior of the environments. It shows the line of the script (`-`), the broken line (`+`) and

@@ -87,7 +87,7 @@ def test_every_equation_and_choice_of_a_script_is_on_its_page(name):
 @pytest.mark.parametrize("page", [*SCRIPTS, "theorem"])
 def test_page_begins_with_its_goal_and_ends_with_symptoms(page):
     text = text_of(page)
-    assert re.search(r"\A# .*\n\n(`.*\n\n)?After this page you know ", text)
+    assert re.search(r"\A# .*\n\n(`.*\n\n)?After this page you know:\n\n- ", text)
     last = text[text.rindex("\n## "):]
     assert last.startswith("\n## What goes wrong and how it looks in the log\n\n"
                            "| symptom | cause | remedy |\n|---|---|---|\n| ")
