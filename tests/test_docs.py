@@ -119,6 +119,17 @@ def test_links_have_targets():
             assert not place or place in headings[other], (page, target, place)
 
 
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_of_the_top_folder_have_targets(name):
+    text = without_code((ROOT / name).read_text())
+    links = re.findall(r"\]\((?!http)([\w./]+)(?:#([\w-]+))?\)", text)
+    for target, place in links:
+        assert (ROOT / target).exists(), target
+        if place:
+            headings = re.findall(r"^#+ (.*)$", (ROOT / target).read_text(), re.MULTILINE)
+            assert place in map(anchor, headings), (target, place)
+
+
 def test_functions_to_copy_exist():
     table = re.findall(r"^\| (`.*?) \| .* \|$", text_of("copy"), re.MULTILINE)
     assert table
