@@ -211,6 +211,11 @@ def check_training(script, folder, monkeypatch):
     assert advantage.mean().abs() < 1e-6
     assert advantage.std(correction=0).item() == pytest.approx(1, abs=1e-4)
     assert torch.equal(merged[-1], batch["obs"][batch["valid"]])
+    target, value = (batch[name][batch["valid"]] for name in ("target", "value"))
+    header, row = (folder / "run" / "metrics.csv").read_text().splitlines()
+    logged = dict(zip(header.split(","), row.split(",")))
+    explained = 1 - (target - value).var() / target.var()
+    assert float(logged["explained_variance"]) == pytest.approx(explained.item(), abs=1e-4)
 
 
 def check_lstm(script, folder, monkeypatch):
@@ -230,9 +235,10 @@ def test_lstm(tmp_path, monkeypatch):
     ('rows["memory"][0]', '0 * rows["memory"][0]'),
     ("valid[None], envs.memory, 0)", "valid[None], 0 * envs.memory, 0)"),
     ('moments(batch["advantage"][rollout["valid"]])', 'moments(batch["advantage"].flatten())'),
+    ('moments(batch["target"][rollout["valid"]])', 'moments(batch["target"].flatten())'),
     ('update(batch["obs"][rollout["valid"]])', 'update(batch["obs"].flatten(0, 1))'),
 ], ids=["not cleared", "forgotten", "update starts without", "value at the end",
-        "advantages of resets", "observations of resets"])
+        "advantages of resets", "targets of resets", "observations of resets"])
 def test_broken_lstm(right, wrong, tmp_path, monkeypatch):
     script = broken(tmp_path / changed("lstm", tmp_path), right, wrong)
     with pytest.raises(AssertionError):
