@@ -265,6 +265,7 @@ def ring_solution():
     return mean, torch.cat([column(0.0), value])
 
 
+@pytest.mark.slow
 def test_continuing_finds_mean_reward_and_differential_values(monkeypatch):
     logger, models = FakeLogger(updates=60), []
     monkeypatch.setattr(actor_critic, "make_envs", Ring)

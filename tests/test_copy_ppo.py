@@ -254,6 +254,7 @@ def test_gradient_reaches_earlier_steps(tmp_path):
     assert obs.grad.abs().sum((1, 2)).gt(0).tolist() == [False, False, True, True, True]
 
 
+@pytest.mark.slow
 def test_lstm_remembers(tmp_path, capsys):
     """ppo.py guesses the cue; with the LSTM it knows it, in evaluation too."""
     import ppo

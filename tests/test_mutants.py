@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import shutil
 import subprocess
 import sys
 
@@ -58,6 +59,7 @@ def test_pages_come_from_scripts_and_csvs():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="no git")
 @pytest.mark.parametrize("edited, scripts", [
     (["ppo.py"], {"ppo"}),
     (["tests/mutants/dpo.toml", "docs/ppo.md"], {"dpo"}),

@@ -50,7 +50,6 @@ def load(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
-@pytest.mark.slow
 def test_a_copy_alone_in_an_empty_folder(tmp_path):
     shutil.copy(ROOT / "ppo.py", tmp_path)
     done = command("--total-timesteps", 4_096, "--num-envs", 16, "--eval-episodes", 3,
@@ -64,7 +63,6 @@ def test_a_copy_alone_in_an_empty_folder(tmp_path):
     assert done.returncode == 0 and "in 2 episodes" in done.stdout, done.stderr
 
 
-@pytest.mark.slow
 def test_help_explains_every_flag_in_any_encoding():
     done = command("--help", COLUMNS="200", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
@@ -73,7 +71,6 @@ def test_help_explains_every_flag_in_any_encoding():
     assert "gymnasium environment" in done.stdout
 
 
-@pytest.mark.slow
 def test_help_shows_the_preset_of_the_environment():
     done = command("--env-id", "Pendulum-v1", "--help", COLUMNS="200")
     steps = ppo.PRESETS["continuous"]["total_timesteps"]

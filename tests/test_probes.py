@@ -85,6 +85,7 @@ def test_box_actions(name, tmp_path, monkeypatch):
     assert mode(torch.zeros(1, 1)).item() == pytest.approx(0.5, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLAYERS)
 def test_box_actions_in_a_range_far_from_zero(name, tmp_path, monkeypatch):
     """The best action is 26.5 of 16 to 30: 0.5 on the policy's scale."""

@@ -40,7 +40,6 @@ def rows(folder):
 # A run and what it leaves behind
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SIMPLE)
 def test_a_copy_alone_in_an_empty_folder(name, tmp_path):
     shutil.copy(ROOT / f"{name}.py", tmp_path)
@@ -58,7 +57,6 @@ def test_a_copy_alone_in_an_empty_folder(name, tmp_path):
     assert args["total_timesteps"] == SHORT[name] and args["env_id"] == "CartPole-v1"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SIMPLE)
 def test_help_explains_every_flag_in_any_encoding(name):
     done = command(name, "--help", COLUMNS="200", PYTHONIOENCODING="ascii")

@@ -25,7 +25,6 @@ def score(name, folder, **flags):
     return script.train(script.Args(run_dir=str(folder), **flags))[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", LADDER)
 def test_it_learns_and_a_second_run_is_the_same(name, tmp_path):
     flags, goal = BRIEF[name]

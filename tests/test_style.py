@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import functools
 import io
 import re
 import subprocess
@@ -107,24 +108,23 @@ def test_every_flag_is_read(source):
         assert "  # " in line or clear, f"no help: {line}"
 
 
-def code_lines(source, first, last):
-    """Lines from first to last that hold code: no blanks, comments, docstrings."""
-    skip, prose = (
-        (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
-        set(),
-    )
-    for node in ast.walk(ast.parse(source)):
-        if (
-            isinstance(node, ast.Expr)
-            and isinstance(node.value, ast.Constant)
-            and isinstance(node.value.value, str)
-        ):
-            prose.update(range(node.lineno, node.end_lineno + 1))
+@functools.cache
+def numbers_of_code_lines(source):
+    """Return the numbers of the lines that hold code: no blanks, comments or docstrings."""
+    no_code = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
     code = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in skip:
+        if token.type not in no_code:
             code.update(range(token.start[0], token.end[0] + 1))
-    return len([line for line in code - prose if first <= line <= last])
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
+            code -= set(range(node.lineno, node.end_lineno + 1))
+    return code
+
+
+def code_lines(source, first, last):
+    """Count the lines of code from first to last."""
+    return sum(first <= line <= last for line in numbers_of_code_lines(source))
 
 
 def depth(nodes, level=0):
