@@ -17,7 +17,7 @@ def test_tables_come_from_the_csvs():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_two_commands_are_there():
+def test_readme_has_the_two_commands():
     text = (ROOT / "README.md").read_text().splitlines()
     assert "pip install -r requirements.txt && python ppo.py --env-id CartPole-v1" in text
     assert "pip install -r tests/requirements.txt && pytest" in text

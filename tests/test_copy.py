@@ -172,7 +172,7 @@ def test_behavior_policy_is_the_stated_mixture(tmp_path):
     assert (batch["action"] == 0).float().mean().item() == pytest.approx(0.8, abs=0.02)
 
 
-def test_the_variance_of_the_ratios_is_that_of_the_table():
+def test_table_has_the_second_moments_of_the_ratios():
     """The second moment, summed over all sequences of actions for few steps and by formula."""
     table = re.findall(r"^\| (10+|500) \| (\S+) \| (\S+) \| (\S+) \|$", PAGE, re.MULTILINE)
     assert [int(row[0]) for row in table] == [10, 100, 500]

@@ -55,11 +55,11 @@ def test_formulas_are_written_for_code_hosts(page):
     ("an $n$-th", 1), ("so $a <b$, and", 1), (r"so $\hat{a}_\mu$, and", 1),
     (r"so $`\operatorname{a}`$, and", 1), ("so $a\nb$, and", 1), ("\n| $|a|$ |\n", 1),
 ])
-def test_a_spoiled_formula_is_noticed(text, wrong):
+def test_bad_formula_is_found(text, wrong):
     assert len(list(complaints(text))) == wrong
 
 
-def test_numbers_of_a_page_run_from_one():
+def test_equation_numbers_of_a_page_start_at_one():
     for page in PAGES:
         numbers = [int(n) for n in re.findall(r"\\tag\{(\d+)", text_of(page))]
         assert numbers == list(range(1, len(numbers) + 1)), page
@@ -88,7 +88,7 @@ def anchor(heading):
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
 
-def test_links_lead_somewhere():
+def test_link_targets_exist():
     headings = {page: {anchor(h) for h in re.findall(r"^#+ (.*)$", text_of(page), re.MULTILINE)}
                 for page in PAGES}
     for page in PAGES:
@@ -99,7 +99,7 @@ def test_links_lead_somewhere():
             assert not place or place in headings[other], (page, target, place)
 
 
-def test_functions_to_copy_are_there():
+def test_functions_to_copy_exist():
     section = text_of("copy").split("\n## One function")[1].split("\n## ")[0]
     table = re.findall(r"^\| (`.*?) \| .* \|$", section, re.MULTILINE)
     assert table

@@ -281,7 +281,7 @@ def test_training_cuts_episodes_that_never_end(name, tmp_path):
     assert float(rows(tmp_path)[-1]["score"]) == 50
 
 
-def test_the_cut_is_told_once(tmp_path):
+def test_cutting_episodes_warns_once(tmp_path):
     import reinforce
 
     with warnings.catch_warnings(record=True) as caught:
@@ -354,7 +354,7 @@ def test_environments_may_draw_from_global_generators(simple, tmp_path):
 # Mistakes
 
 
-def test_unknown_environment_names_the_near_one(simple):
+def test_unknown_environment_suggests_a_similar_name(simple):
     with pytest.raises(SystemExit, match=r"--env-id CartPol-v1: .*CartPole"):
         call(simple, "--env-id", "CartPol-v1")
 
