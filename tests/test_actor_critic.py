@@ -154,7 +154,7 @@ def test_lambda_one_is_reinforce_with_baseline():
     torch.testing.assert_close(total[:3], -torch.autograd.grad(loss, model.theta)[0])
 
 
-def test_a_batch_of_environments_is_as_many_runs_alone():
+def test_batch_of_environments_equals_single_runs():
     """Episodes end at different steps, and reset-only steps after them are full of garbage."""
     obs, action, reward = episode(8, num_envs=4, seed=3)
     terminated, truncated = torch.zeros(8, 4, dtype=torch.bool), torch.zeros(8, 4, dtype=torch.bool)
@@ -178,7 +178,7 @@ def test_a_batch_of_environments_is_as_many_runs_alone():
         assert together.abs().max() < 1e3
 
 
-def test_per_environment_gradients_are_those_of_autograd():
+def test_per_environment_gradients_equal_autograd():
     model = actor_critic.ActorCritic(Box(-1, 1, (3,)), Discrete(2))
     obs, action, discount = (
         torch.randn(4, 3),
@@ -265,7 +265,8 @@ def ring_solution():
     return mean, torch.cat([column(0.0), value])
 
 
-def test_continuing_finds_mean_reward_and_differential_values(monkeypatch):
+@pytest.mark.slow
+def test_continuing_task_learns_mean_reward_and_differential_values(monkeypatch):
     logger, models = FakeLogger(updates=60), []
     monkeypatch.setattr(actor_critic, "make_envs", Ring)
     monkeypatch.setattr(actor_critic, "Logger", logger)
@@ -288,7 +289,7 @@ def test_continuing_finds_mean_reward_and_differential_values(monkeypatch):
 
 
 @pytest.mark.parametrize("exact_discount", [True, False])
-def test_two_episodes_in_a_row_are_two_episodes(exact_discount):
+def test_second_episode_does_not_depend_on_the_first(exact_discount):
     """The reset-only step between them leaves nothing behind: no trace, no discount, no δ."""
     obs, action, reward = episode(9)
     model = Linear([0.3, -0.2, 0.5], [0.1, 0.7, -0.4])
@@ -366,7 +367,7 @@ def test_reset_only_steps_change_nothing(monkeypatch):
         assert torch.equal(returns, again) and len(returns) > 100
 
 
-def test_the_score_of_a_continuing_task_counts_no_reset(monkeypatch):
+def test_continuing_score_excludes_reset_steps(monkeypatch):
     scores = []
     for garbage in (0.0, 1e6):
         rows, _ = train_on(Interrupted, monkeypatch, garbage, continuing=True)
@@ -387,7 +388,7 @@ def test_average_reward_moves_by_the_mean_error_of_valid_steps(monkeypatch):
     torch.testing.assert_close(rows[0][1][0], rows[0][2]["average_reward"])
 
 
-def test_episodes_add_up_their_rewards(monkeypatch):
+def test_returns_are_sums_of_the_rewards_of_an_episode(monkeypatch):
     """Also across the rows of the log: returns of all episodes, found by playing again."""
     rows, _ = train_on(Garbage, monkeypatch, 0.0, num_envs=4, log_every=5, learning_rate=0.0)
     envs, totals, expected = Garbage("", 4, 0), np.zeros(4), []
@@ -405,7 +406,7 @@ def test_episodes_add_up_their_rewards(monkeypatch):
     assert seen == pytest.approx(expected) and len(seen) > 5
 
 
-def test_a_step_that_only_resets_moves_no_weights(monkeypatch):
+def test_reset_only_step_changes_no_weights(monkeypatch):
     """Not by Adam's momentum either, as a single environment shows."""
     step, moves = torch.optim.Adam.step, []
 
@@ -421,7 +422,7 @@ def test_a_step_that_only_resets_moves_no_weights(monkeypatch):
     assert ends > 2 and len(moves) in (steps - ends, steps - ends + 1)  # the last may still reset
 
 
-def test_each_network_has_its_step_size(monkeypatch):
+def test_each_network_has_its_own_learning_rate(monkeypatch):
     rates, step = [], torch.optim.Adam.step
     monkeypatch.setattr(
         torch.optim.Adam,
@@ -461,7 +462,7 @@ def test_a_time_limit_clears_the_trace():
 
 
 @pytest.mark.parametrize("exact_discount", [True, False])
-def test_the_factor_of_time_is_that_of_the_step_in_its_episode(exact_discount, monkeypatch):
+def test_discount_factor_of_a_step_starts_at_one_in_each_episode(exact_discount, monkeypatch):
     """train() passes I = γ^t to learn(): 1 in the first step of each episode, then γ, γ², ..."""
     seen, learn = [], actor_critic.learn
 

@@ -8,7 +8,6 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "dpo"])
 def test_help_in_any_encoding(name):
     done = subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=ROOT, text=True,

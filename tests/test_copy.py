@@ -16,39 +16,15 @@ import torch
 from conftest import ROOT
 from test_reinforce import double  # noqa: F401
 
-CHANGES = dict(
-    re.findall(
-        r"<!-- change (\w+) -->\n```diff\n(.*?)```",
-        (ROOT / "docs" / "copy.md").read_text(),
-        re.DOTALL,
-    )
-)
+PAGE = (ROOT / "docs" / "copy.md").read_text()
+CHANGES = dict(re.findall(r"<!-- change (\w+) -->\n```diff\n(.*?)```", PAGE, re.DOTALL))
 GPT = ["--pretrain-steps", "5", "--max-steps", "2", "--eval-prompts", "8"]
-ENVIRONMENT = """
-import gymnasium as gym
-import numpy as np
-
-
-class MyEnv(gym.Env):
-    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
-    action_space = gym.spaces.Discrete(2)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return np.zeros(3, np.float32), {}
-
-    def step(self, action):
-        return np.zeros(3, np.float32), float(action), False, False, {}
-
-
-gym.register("MyEnv-v0", MyEnv, max_episode_steps=20)
-"""
 
 
 def changed(name, folder):
-    """A copy of the script that the change names, with the change made.
+    """Write a copy of the script with the change into the folder; return its name.
 
-    Hunks begin with @@; lines that begin with a space stay.
+    Parts of a change are separated by @@. Lines that begin with a space stay.
     """
     script, *lines = CHANGES[name].splitlines()
     script = script.removeprefix("--- ")
@@ -58,6 +34,7 @@ def changed(name, folder):
         new = "\n".join(line[1:] for line in hunk.split("\n") if not line.startswith("-"))
         assert source.count(old) == 1, old
         source = source.replace(old, new)
+    assert max(map(len, source.splitlines())) <= 100
     (folder / script).write_text(source)
     return script
 
@@ -70,30 +47,72 @@ def run(folder, *command):
     return done.stdout
 
 
+def imported(path):
+    """Import a script of another folder under a name of its own."""
+    spec = importlib.util.spec_from_file_location("changed_copy", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def example(name):
+    return re.search(rf"<!-- example {name} -->\n```python\n(.*?)```", PAGE, re.DOTALL)[1]
+
+
 def test_every_change_is_tested():
-    assert set(CHANGES) == {"network", "offpolicy", "reward", "vclip"}
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_copy*.py"))
+    assert set(CHANGES) == set(re.findall(r'changed\("(\w+)"', tests))
 
 
-def test_own_environment(tmp_path):
-    package = tmp_path / "my_package"
-    package.mkdir()
-    (package / "envs.py").write_text(ENVIRONMENT)
-    (tmp_path / "ppo.py").write_text((ROOT / "ppo.py").read_text())
-    run(tmp_path, "ppo.py", "--env-id", "my_package.envs:MyEnv-v0", "--total-timesteps", "40000",
+@pytest.fixture
+def my_envs(tmp_path, monkeypatch):
+    """Write my_envs.py of the page into a folder from which it can be imported."""
+    parts = re.findall(r"<!-- file my_envs.py -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(parts) == 3
+    (tmp_path / "my_envs.py").write_text("\n\n".join(parts))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_envs", raising=False)
+    yield tmp_path
+    for name in [name for name in gym.registry if "orridor" in name or "Moon" in name]:
+        del gym.registry[name]
+
+
+def test_own_environment_in_a_folder_with_the_script(my_envs):
+    (my_envs / "ppo.py").write_text((ROOT / "ppo.py").read_text())
+    run(my_envs, "ppo.py", "--env-id", "my_envs:Corridor-v0", "--total-timesteps", "20480",
         "--run-dir", "run")
-    *_, last = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
-    assert float(last.split(",")[2]) > 19, "action 1, twenty times"
+    *_, last = (my_envs / "run" / "metrics.csv").read_text().splitlines()
+    assert -7 < float(last.split(",")[2]) <= -5, "five steps to the right, each costs 1"
+
+
+@pytest.mark.parametrize("env_id, best", [("LongCorridor-v0", -10), ("ScaledCorridor-v0", -0.5)])
+@pytest.mark.parametrize("name", ["reinforce", "ppo"])
+def test_keyword_arguments_and_wrappers(name, env_id, best, my_envs, capsys):
+    script = importlib.import_module(name)
+    script.train(script.Args(env_id=f"my_envs:{env_id}", total_timesteps=60_000, stop_at=1.2 * best,
+                             eval_episodes=4, run_dir=str(my_envs / "run")))
+    assert f"greedy evaluation: mean return {best:.1f} in" in capsys.readouterr().out
+
+
+def test_registered_arguments_and_limits(my_envs):
+    assert gym.make("my_envs:MoonPendulum-v0").unwrapped.g == 1.62
+    env = gym.make("my_envs:ScaledCorridor-v0")
+    assert env.spec.max_episode_steps == 100
+    env.reset()
+    assert [env.step(0)[3] for _ in range(100)] == [False] * 99 + [True]
 
 
 def test_own_network(tmp_path):
-    script = changed("network", tmp_path)
-    run(tmp_path, script, "--total-timesteps", "4096", "--run-dir", "run")
+    script = imported(tmp_path / changed("network", tmp_path))
+    agent, _ = script.train(script.Args(total_timesteps=4_096, run_dir=str(tmp_path / "run")))
+    for net, outputs in (agent.actor, 2), (agent.critic, 1):
+        assert [layer.out_features for layer in net[::2]] == [256, 256, outputs]
 
 
 def test_value_clipping(tmp_path):
     """The value's gradient is 0 where it has moved towards the target by more than epsilon."""
     script = imported(tmp_path / changed("vclip", tmp_path))
-    run(tmp_path, "ppo.py", "--total-timesteps", "4096", "--run-dir", "run")
+    script.train(script.Args(total_timesteps=4_096, run_dir=str(tmp_path / "run")))
     agent = script.Agent((3,), gym.spaces.Discrete(2), script.Args(norm_obs=False))
     obs, action = torch.randn(8, 3), torch.zeros(8, 1, dtype=torch.long)
     pi, value = agent(obs)
@@ -108,17 +127,10 @@ def test_value_clipping(tmp_path):
         assert bool(gradient.any()) == moves
 
 
-def imported(path):
-    """A script in another folder, as a module of its own."""
-    spec = importlib.util.spec_from_file_location("changed_copy", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_off_policy_reinforce_runs(tmp_path):
-    script = changed("offpolicy", tmp_path)
-    run(tmp_path, script, "--total-timesteps", "3000", "--eval-episodes", "2", "--run-dir", "run")
+    script = imported(tmp_path / changed("offpolicy", tmp_path))
+    script.train(
+        script.Args(total_timesteps=3_000, eval_episodes=2, run_dir=str(tmp_path / "run")))
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.8])
@@ -160,10 +172,9 @@ def test_behavior_policy_is_the_stated_mixture(tmp_path):
     assert (batch["action"] == 0).float().mean().item() == pytest.approx(0.8, abs=0.02)
 
 
-def test_the_variance_of_the_ratios_is_that_of_the_table():
+def test_table_has_the_second_moments_of_the_ratios():
     """The second moment, summed over all sequences of actions for few steps and by formula."""
-    text = (ROOT / "docs" / "copy.md").read_text()
-    table = re.findall(r"^\| (10+|500) \| (\S+) \| (\S+) \| (\S+) \|$", text, re.MULTILINE)
+    table = re.findall(r"^\| (10+|500) \| (\S+) \| (\S+) \| (\S+) \|$", PAGE, re.MULTILINE)
     assert [int(row[0]) for row in table] == [10, 100, 500]
     for column, epsilon in enumerate((0.1, 0.2, 0.5), 1):
         pi = torch.tensor([0.9, 0.1], dtype=torch.float64)
@@ -180,26 +191,22 @@ def test_the_variance_of_the_ratios_is_that_of_the_table():
 def test_saved_weights_load_in_three_lines(tmp_path, monkeypatch):
     import reinforce
 
-    text = (ROOT / "docs" / "copy.md").read_text()
-    code = re.search(r"<!-- example weights -->\n```python\n(.*?)```", text, re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
     reinforce.train(reinforce.Args(total_timesteps=500, run_dir="runs/mine"))
     env = gym.make("CartPole-v1")
     obs, _ = env.reset(seed=0)
     names = {"Policy": reinforce.Policy, "torch": torch, "env": env, "obs": obs}
-    exec(code, names)
+    exec(example("weights"), names)
     assert env.action_space.contains(names["action"].item())
 
 
 def test_ppo_checkpoint_loads_as_shown(tmp_path, monkeypatch):
     import ppo
 
-    text = (ROOT / "docs" / "copy.md").read_text()
-    code = re.search(r"<!-- example checkpoint -->\n```python\n(.*?)```", text, re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
     agent, _ = ppo.train(ppo.Args(total_timesteps=2_048, run_dir="runs/mine"))
     names = {"ppo": ppo}
-    exec(code, names)
+    exec(example("checkpoint"), names)
     assert names["reward"].item() == 1
     for old, new in zip(agent.state_dict().values(), names["agent"].state_dict().values()):
         assert torch.equal(old, new)

@@ -878,8 +878,8 @@ RESUMED = [
     ("llama", []),
     ("llama", ["--lora-rank", 2]),
     ("llama", ["--length-normalize", "--reference-free", "--gamma-margin", 1, "--bf16"]),
-    ("tiny", ["--nll-coef", 1]),
-    ("tiny", ["--lora-rank", 2, "--loss-type", "ipo"]),
+    pytest.param("tiny", ["--nll-coef", 1], marks=pytest.mark.slow),
+    pytest.param("tiny", ["--lora-rank", 2, "--loss-type", "ipo"], marks=pytest.mark.slow),
 ]
 
 
@@ -1151,6 +1151,7 @@ def test_lora_trains_adapters_only():
 # Runs of the tiny GPT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_checkpoint_of_the_tiny_gpt_has_its_weights_before_dpo(
     rank, tmp_path, capsys, monkeypatch
@@ -1174,7 +1175,6 @@ def seeded():
     return {"seed": 1}
 
 
-@pytest.mark.slow
 def test_a_short_run_learns_a_simple_reward(tmp_path, capsys, monkeypatch):
     """Large digits are better: nearer to π*, farther from π_ref, better on held-out pairs."""
     monkeypatch.setattr(dpo, "tiny_config", small_config)
@@ -1193,7 +1193,6 @@ def test_a_short_run_learns_a_simple_reward(tmp_path, capsys, monkeypatch):
     assert after["KL(pi||pi*)"] < before["KL(pi||pi*)"] - 0.5
 
 
-@pytest.mark.slow
 def test_a_copy_alone_in_an_empty_folder(tmp_path):
     shutil.copy(ROOT / "dpo.py", tmp_path)
     command = [sys.executable, "dpo.py", *map(str, TINY), "--max-steps", "2"]

@@ -918,6 +918,7 @@ def test_held_out_prompts_are_never_trained_on():
     assert grpo.load_examples(args, grpo.Characters(), 64, grpo.exact_match)[2] == heldout
 
 
+@pytest.mark.slow
 def test_pretraining_follows_the_teacher_with_warmup_and_decay(monkeypatch):
     rates, rng = [], random.Random(1)
     hook = register_optimizer_step_pre_hook(
@@ -1314,7 +1315,6 @@ def test_tracking(tmp_path, capsys, monkeypatch):
         ("run", "allow", "policy-gradients")] * 2
 
 
-@pytest.mark.slow
 def test_short_run_learns_and_one_without_steps_does_not(tmp_path, capsys, monkeypatch):
     pretrain_once(grpo, monkeypatch)
     gains = []
@@ -1328,7 +1328,6 @@ def test_short_run_learns_and_one_without_steps_does_not(tmp_path, capsys, monke
     assert max(float(row["sampler_gap_max"]) for row in metrics(tmp_path / "0.0003")) < 1e-4
 
 
-@pytest.mark.slow
 def test_copy_alone_in_an_empty_folder(tmp_path):
     shutil.copy(ROOT / "grpo.py", tmp_path)
     command = [sys.executable, "grpo.py", *map(str, SHORT), "--max-steps", "2", "--device", "cpu"]

@@ -65,7 +65,7 @@ def test_box_actions_are_scaled_to_the_bounds(simple, low, high):
     assert actions.dtype == np.float32
 
 
-def test_unbounded_dimensions_are_left_alone(simple):
+def test_unbounded_dimensions_are_not_scaled(simple):
     low = np.array([-np.inf, -np.inf, 0, -1e7, -2], dtype=np.float32)
     high = np.array([np.inf, 5, np.inf, 1e7, 2], dtype=np.float32)
     with np.errstate(all="raise"):
@@ -87,7 +87,7 @@ def test_actions_have_the_shape_of_their_space(simple):
     assert sent(simple, [[1.0], [2.0]], Box(-9, 9, ())).shape == (2,)
 
 
-def test_the_policy_keeps_the_action_it_sampled(simple):
+def test_batch_has_the_sampled_action_before_clipping(simple):
     action = torch.tensor([[5.0], [-0.5]])
     simple.to_env_action(action, envs_with(Box(-2, 2, (1,))))
     assert action.tolist() == [[5.0], [-0.5]]
@@ -112,7 +112,7 @@ def test_other_spaces_are_refused(simple, space):
         simple.make_envs(f"scripted:{space}-v0", 2, 0)
 
 
-def test_same_seed_same_episodes_and_another_seed_others(simple):
+def test_seed_determines_the_episodes(simple):
     first, again, other = (simple.make_envs("CartPole-v1", 3, seed).reset()[0]
                            for seed in (1, 1, 2))
     assert np.array_equal(first, again) and not np.array_equal(first, other)

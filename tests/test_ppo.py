@@ -198,7 +198,7 @@ def test_the_gradient_is_clipped_by_its_norm():
     assert metrics["grad_norm"] > 100, "the norm in the log is that before clipping"
 
 
-def test_gradients_do_not_add_up_over_minibatches():
+def test_gradients_of_minibatches_are_not_summed():
     """With learning rate 0 the last of five steps has the gradient of the first."""
     grads = []
     for epochs in (1, 5):
@@ -210,7 +210,7 @@ def test_gradients_do_not_add_up_over_minibatches():
 
 
 @pytest.mark.parametrize("rows", [64, 65, 97])
-def test_each_row_once_per_epoch_in_a_new_order(rows, monkeypatch):
+def test_every_epoch_uses_each_row_once_in_a_new_order(rows, monkeypatch):
     agent, optimizer, batch = make_batch(rows)
     batch["obs"] = torch.arange(rows).unsqueeze(1).expand(rows, 3).float()
     seen, forward = [], agent.forward

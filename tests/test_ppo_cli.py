@@ -50,7 +50,6 @@ def load(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
-@pytest.mark.slow
 def test_a_copy_alone_in_an_empty_folder(tmp_path):
     shutil.copy(ROOT / "ppo.py", tmp_path)
     done = command("--total-timesteps", 4_096, "--num-envs", 16, "--eval-episodes", 3,
@@ -64,7 +63,6 @@ def test_a_copy_alone_in_an_empty_folder(tmp_path):
     assert done.returncode == 0 and "in 2 episodes" in done.stdout, done.stderr
 
 
-@pytest.mark.slow
 def test_help_explains_every_flag_in_any_encoding():
     done = command("--help", COLUMNS="200", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
@@ -73,7 +71,6 @@ def test_help_explains_every_flag_in_any_encoding():
     assert "gymnasium environment" in done.stdout
 
 
-@pytest.mark.slow
 def test_help_shows_the_preset_of_the_environment():
     done = command("--env-id", "Pendulum-v1", "--help", COLUMNS="200")
     steps = ppo.PRESETS["continuous"]["total_timesteps"]
@@ -94,7 +91,7 @@ def test_unknown_environment():
     assert "CartPole" in refused("--env-id", "CartPol-v1")
 
 
-def test_a_missing_extra_is_named(monkeypatch):
+def test_missing_extra_is_named(monkeypatch):
     def needs_box2d(*args, **kwargs):
         raise gym.error.DependencyNotInstalled('run `pip install "gymnasium[box2d]"`')
 
@@ -168,7 +165,7 @@ class Planted:
         return os.mkdir, ("planted",)
 
 
-def test_a_strangers_checkpoint_runs_no_code(tmp_path, monkeypatch):
+def test_checkpoint_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for content in (lambda: torch.save(Planted(), "checkpoint.pt"),
                     lambda: (tmp_path / "checkpoint.pt").write_bytes(pickle.dumps(Planted()))):
@@ -303,7 +300,7 @@ def test_a_kill_during_a_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-def test_checkpoints_are_written_on_the_way(tmp_path, monkeypatch):
+def test_checkpoints_are_written_during_the_run(tmp_path, monkeypatch):
     steps, save = [], ppo.Logger.save
     monkeypatch.setattr(ppo.Logger, "save", lambda log: (steps.append(log.iteration), save(log)))
     ppo.train(ppo.Args(run_dir=str(tmp_path), total_timesteps=512 * 24, num_envs=16))
@@ -347,7 +344,7 @@ def test_values_that_are_not_finite_stop_the_run_and_are_not_saved(tmp_path):
     assert all(value.isfinite().all() for value in load(tmp_path)["agent"].values())
 
 
-def test_rank_set_by_a_cluster_alone_changes_nothing(tmp_path, monkeypatch):
+def test_rank_variable_without_torchrun_is_ignored(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     ppo.train(ppo.Args(run_dir=str(tmp_path), num_envs=16, **SHORT))

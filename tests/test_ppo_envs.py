@@ -82,7 +82,7 @@ def test_unbounded_box_actions_are_not_scaled():
     assert seen[0].tolist() == [[-5.0, 0.25]]
 
 
-def test_the_rollout_keeps_the_sampled_action():
+def test_rollout_has_the_sampled_action_before_clipping():
     """log π of a clipped action would be that of another one."""
     envs = make("scripted:Does-box-v0")
     agent = agent_for(envs, log_std=2.0)
@@ -214,7 +214,7 @@ def plain(agent, num_rows):
 
 
 @pytest.mark.parametrize("num_steps", range(50, 62))
-def test_the_batch_is_that_of_a_plain_loop(num_steps, monkeypatch):
+def test_batch_equals_that_of_a_plain_loop(num_steps, monkeypatch):
     """The batch may end within an episode, with its last step, or with its reset."""
     agent, batch, returns = batch_of("scripted:Scripted-v0", num_steps, monkeypatch)
     obs, advantage, target = plain(agent, len(batch["obs"]))
@@ -226,7 +226,7 @@ def test_the_batch_is_that_of_a_plain_loop(num_steps, monkeypatch):
     assert returns == pytest.approx(expected, abs=1e-5) and len(returns) >= 10
 
 
-def test_a_lost_life_ends_the_sum_but_not_the_episode(monkeypatch):
+def test_lost_life_is_terminal_but_does_not_end_the_episode(monkeypatch):
     """The value after a lost life is 0; rewards before and after it add up to one return."""
     step, t = ppo.Envs.step, itertools.count()
 
@@ -270,7 +270,7 @@ def test_an_episode_that_ends_with_the_batch():
 # Normalization
 
 
-def test_running_moments_are_numpys_on_all_rows():
+def test_running_moments_equal_numpy_on_all_rows():
     rng = np.random.default_rng(0)
     batches = [  # their means differ, which adds to the variance of all rows
         rng.normal(mean, 2, (n, 4)).astype(np.float32) * [1, 10, 0.1, 100]
@@ -433,7 +433,7 @@ def game(monkeypatch):
     return "ALE/Fixed-v5"
 
 
-def test_native_atari_is_like_the_wrappers_frame_by_frame(game, monkeypatch):
+def test_native_atari_equals_the_wrappers_frame_by_frame(game, monkeypatch):
     envs = make(game, 1)
     assert envs.obs_shape == (4, 84, 84)
     one = gym.make("ALE/Breakout-v5", frameskip=1, repeat_action_probability=0.0)

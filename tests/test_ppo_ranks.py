@@ -51,7 +51,7 @@ def torchrun(*command):
 
 
 @pytest.mark.parametrize("target_kl", [None, 0.003])
-def test_halves_of_each_minibatch_give_the_weights_of_the_whole(tmp_path, target_kl, monkeypatch):
+def test_two_processes_get_the_weights_of_one(tmp_path, target_kl, monkeypatch):
     torch.manual_seed(0)
     agent, num_rows = ppo.Agent((3,), Discrete(2), ppo.Args(**FLAGS)), 64
     obs, action = torch.randn(num_rows, 3), torch.randint(2, (num_rows, 1))
@@ -110,7 +110,7 @@ os._exit(0)  # gloo's threads abort a process now and then while it exits
 """
 
 
-def test_a_real_run_of_two_processes(tmp_path):
+def test_run_of_two_processes(tmp_path):
     """Equal weights and score in both, other episodes and actions; one writes; resume."""
     path, script = str(tmp_path / "seen"), tmp_path / "spy.py"
     script.write_text(SPY.format(root=str(ROOT), path=path))

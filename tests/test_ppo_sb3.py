@@ -10,7 +10,7 @@ import ppo
 sb3 = pytest.importorskip("stable_baselines3")
 
 
-def test_advantages_are_the_same():
+def test_advantages_equal_stable_baselines3():
     from stable_baselines3.common.buffers import RolloutBuffer
 
     rng, steps, num_envs = np.random.default_rng(0), 50, 3
@@ -43,7 +43,7 @@ def copy_weights(policy, agent):
 
 
 @pytest.mark.parametrize("env_id, vf_coef", [("CartPole-v1", 0.3), ("Pendulum-v1", 1e-5)])
-def test_losses_and_gradients_are_the_same(env_id, vf_coef, monkeypatch):
+def test_losses_and_gradients_equal_stable_baselines3(env_id, vf_coef, monkeypatch):
     """Two epochs, so that the second has ratios that are not 1; plain gradient descent."""
     torch.manual_seed(0)
     peer = sb3.PPO("MlpPolicy", env_id, n_steps=64, batch_size=64, n_epochs=2, ent_coef=0.1,

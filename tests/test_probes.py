@@ -62,7 +62,7 @@ def test_the_rewarded_action_is_chosen(name, env, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["actor_critic", "ppo"])
-def test_a_time_limit_is_no_end(name, tmp_path, monkeypatch):
+def test_time_limit_is_not_terminal(name, tmp_path, monkeypatch):
     """Reward 1 for ever: V = 1 / (1 - gamma), though each episode stops after ten steps."""
     steps = 60_000 if name == "actor_critic" else 40_000
     *_, value = train(name, "Endless", tmp_path, monkeypatch, gamma=0.9, total_timesteps=steps)
@@ -70,7 +70,7 @@ def test_a_time_limit_is_no_end(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["actor_critic", "ppo"])
-def test_reset_only_rows_teach_nothing(name, tmp_path, monkeypatch):
+def test_reset_only_rows_are_not_learned_from(name, tmp_path, monkeypatch):
     *_, value = train(name, "Bait", tmp_path, monkeypatch, gamma=0.9, total_timesteps=40_000)
     assert value(0.0) == pytest.approx(1, abs=0.1)
     assert abs(value(1.0)) < 0.1
@@ -85,6 +85,7 @@ def test_box_actions(name, tmp_path, monkeypatch):
     assert mode(torch.zeros(1, 1)).item() == pytest.approx(0.5, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLAYERS)
 def test_box_actions_in_a_range_far_from_zero(name, tmp_path, monkeypatch):
     """The best action is 26.5 of 16 to 30: 0.5 on the policy's scale."""

@@ -134,7 +134,7 @@ def test_mean_update_is_the_exact_gradient(name, gamma, double, monkeypatch):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_without_gamma_to_the_t_it_is_not(name, double, monkeypatch):
+def test_mean_update_without_gamma_to_the_t_is_another(name, double, monkeypatch):
     script = importlib.import_module(name)
     policy, _ = train_on_all_trajectories(script, monkeypatch, gamma=0.8, exact_discount=False)
     exact = torch.autograd.grad(true_objective(policy, 0.8), policy.net[-1].weight)[0]
@@ -244,7 +244,7 @@ def test_each_update_plays_other_episodes(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_return_is_that_from_each_step_on(name):
+def test_return_counts_rewards_from_each_step_on(name):
     script = importlib.import_module(name)
     reward = torch.tensor([[1.0, 0.0], [2.0, 1.0], [4.0, 0.0]])
     returns = script.discounted_returns(reward, 0.5)
@@ -253,7 +253,7 @@ def test_the_return_is_that_from_each_step_on(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_gradient_is_that_of_its_batch_alone(name, monkeypatch):
+def test_gradient_depends_on_its_batch_only(name, monkeypatch):
     """Of the last batch: found again from the rows that the loss was given."""
     script, seen, models = importlib.import_module(name), [], []
     loss, step = script.policy_gradient_loss, torch.optim.Adam.step

@@ -40,7 +40,6 @@ def rows(folder):
 # A run and what it leaves behind
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SIMPLE)
 def test_a_copy_alone_in_an_empty_folder(name, tmp_path):
     shutil.copy(ROOT / f"{name}.py", tmp_path)
@@ -58,7 +57,6 @@ def test_a_copy_alone_in_an_empty_folder(name, tmp_path):
     assert args["total_timesteps"] == SHORT[name] and args["env_id"] == "CartPole-v1"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SIMPLE)
 def test_help_explains_every_flag_in_any_encoding(name):
     done = command(name, "--help", COLUMNS="200", PYTHONIOENCODING="ascii")
@@ -283,7 +281,7 @@ def test_training_cuts_episodes_that_never_end(name, tmp_path):
     assert float(rows(tmp_path)[-1]["score"]) == 50
 
 
-def test_the_cut_is_told_once(tmp_path):
+def test_cutting_episodes_warns_once(tmp_path):
     import reinforce
 
     with warnings.catch_warnings(record=True) as caught:
@@ -356,7 +354,7 @@ def test_environments_may_draw_from_global_generators(simple, tmp_path):
 # Mistakes
 
 
-def test_unknown_environment_names_the_near_one(simple):
+def test_unknown_environment_suggests_a_similar_name(simple):
     with pytest.raises(SystemExit, match=r"--env-id CartPol-v1: .*CartPole"):
         call(simple, "--env-id", "CartPol-v1")
 

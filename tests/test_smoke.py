@@ -25,9 +25,8 @@ def score(name, folder, **flags):
     return script.train(script.Args(run_dir=str(folder), **flags))[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", LADDER)
-def test_it_learns_and_a_second_run_is_the_same(name, tmp_path):
+def test_script_learns_and_the_same_seed_repeats_the_run(name, tmp_path):
     flags, goal = BRIEF[name]
     scores = [score(name, tmp_path / run, **flags) for run in "ab"]
     assert scores[0] > goal
@@ -37,14 +36,14 @@ def test_it_learns_and_a_second_run_is_the_same(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LADDER)
-def test_without_learning_it_does_not_reach_that(name, tmp_path):
+def test_score_stays_low_without_learning(name, tmp_path):
     """What shows that the test above can fail."""
     flags, goal = BRIEF[name]
     assert score(name, tmp_path, learning_rate=0.0, **flags) < goal / 1.5
 
 
 @pytest.mark.parametrize("name", LADDER)
-def test_another_seed_is_another_run(name, tmp_path):
+def test_another_seed_gives_another_run(name, tmp_path):
     for seed in (1, 2):
         score(name, tmp_path / str(seed), total_timesteps=4_096, seed=seed)
     assert rows(tmp_path / "1") != rows(tmp_path / "2")

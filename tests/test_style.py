@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import functools
 import io
 import re
 import subprocess
@@ -60,7 +61,7 @@ def test_sizes():
         assert code_lines(source, 1, end) <= to_train, name
 
 
-def test_the_baseline_is_all_that_is_new():
+def test_baseline_is_the_only_difference():
     """diff reinforce.py reinforce_baseline.py: few lines of code go, about twenty come."""
     before, after = ((ROOT / f"{name}.py").read_text().splitlines()
                      for name in ("reinforce", "reinforce_baseline"))
@@ -107,24 +108,23 @@ def test_every_flag_is_read(source):
         assert "  # " in line or clear, f"no help: {line}"
 
 
-def code_lines(source, first, last):
-    """Lines from first to last that hold code: no blanks, comments, docstrings."""
-    skip, prose = (
-        (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
-        set(),
-    )
-    for node in ast.walk(ast.parse(source)):
-        if (
-            isinstance(node, ast.Expr)
-            and isinstance(node.value, ast.Constant)
-            and isinstance(node.value.value, str)
-        ):
-            prose.update(range(node.lineno, node.end_lineno + 1))
+@functools.cache
+def numbers_of_code_lines(source):
+    """Return the numbers of the lines that hold code: no blanks, comments or docstrings."""
+    no_code = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
     code = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in skip:
+        if token.type not in no_code:
             code.update(range(token.start[0], token.end[0] + 1))
-    return len([line for line in code - prose if first <= line <= last])
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
+            code -= set(range(node.lineno, node.end_lineno + 1))
+    return code
+
+
+def code_lines(source, first, last):
+    """Count the lines of code from first to last."""
+    return sum(first <= line <= last for line in numbers_of_code_lines(source))
 
 
 def depth(nodes, level=0):
@@ -139,7 +139,7 @@ def depth(nodes, level=0):
     return deepest
 
 
-def test_functions_fit_a_screen(source):
+def test_functions_are_short_and_flat(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, FUNCTION):
             is_train = node.name == "train"
@@ -149,7 +149,7 @@ def test_functions_fit_a_screen(source):
             assert depth(node.body) <= (4 if is_train else 3), node.name
 
 
-def test_lines_fit_a_page(source):
+def test_lines_have_at_most_100_columns(source):
     assert max(map(len, source.splitlines())) <= 100
 
 
@@ -205,7 +205,7 @@ def test_import_has_no_side_effect(name, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_pure_functions_leave_their_inputs_alone(source):
+def test_algorithm_functions_take_no_args_object(source):
     """The algorithm's functions, by their names, take no args object and no global."""
     pure = {
         "discounted_returns",

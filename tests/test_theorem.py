@@ -57,7 +57,7 @@ def visits(chain, gamma):
 # The theorem
 
 
-def test_the_recursion(problem):
+def test_recursion_of_the_gradient(problem):
     """(4), (5): for every state, with what is left after three steps, and without the rest."""
     logits, transition, reward = problem
     policy, value, q, chain = solve(logits, 0.9 * transition, reward, 1.0)
@@ -71,7 +71,7 @@ def test_the_recursion(problem):
 
 
 @pytest.mark.parametrize("gamma", [1.0, GAMMA])
-def test_episodes(problem, gamma):
+def test_gradient_of_episodes(problem, gamma):
     """(6) to (8): a tenth of each transition ends; visits at time t count γ^t."""
     logits, transition, reward = problem
     policy, value, q, chain = solve(logits, 0.9 * transition, reward, gamma)
@@ -87,7 +87,7 @@ def test_episodes(problem, gamma):
         assert length.item() == pytest.approx(10)
 
 
-def test_without_the_factor_it_is_another_direction(problem):
+def test_direction_without_the_discount_factor_differs(problem):
     logits, transition, reward = problem
     policy, value, q, chain = solve(logits, 0.9 * transition, reward, 0.5)
     exact = gradient(value[0], logits).flatten()
@@ -95,7 +95,7 @@ def test_without_the_factor_it_is_another_direction(problem):
     assert torch.cosine_similarity(exact, dropped, dim=0) < 0.99
 
 
-def test_a_baseline_changes_the_noise_and_not_the_mean(problem):
+def test_baseline_changes_the_variance_and_not_the_mean(problem):
     """(9) to (11), and that v makes less noise than a number far from it."""
     logits, transition, reward = problem
     policy, value, q, _ = solve(logits, 0.9 * transition, reward, 1.0)
@@ -147,7 +147,7 @@ def values(policy, transition, reward):
     return value, q
 
 
-def test_earlier_rewards_add_nothing(problem):
+def test_earlier_rewards_do_not_change_the_mean(problem):
     """REINFORCE (1), (2): G_t and G_0 have the same mean, though not the same noise."""
     logits, transition, reward = problem
     paths = Paths(problem, logits.softmax(-1).detach())
@@ -159,7 +159,7 @@ def test_earlier_rewards_add_nothing(problem):
     torch.testing.assert_close(paths.mean(before), torch.zeros_like(exact))
 
 
-def test_off_policy(problem):
+def test_gradient_from_off_policy_actions(problem):
     """(12) to (14): the product of ratios is exact; one ratio leaves states and values of μ."""
     logits, transition, reward = problem
     policy, behaviour = logits.softmax(-1), other_policy()
@@ -189,7 +189,7 @@ def continuing(logits, transition, reward):
     return policy, chain, stationary, mean, value
 
 
-def test_continuing(problem):
+def test_gradient_of_a_continuing_task(problem):
     """(15) to (18): the mean reward, by the stationary distribution and differential values."""
     logits, transition, reward = problem
     policy, chain, stationary, mean, value = continuing(logits, transition, reward)
@@ -207,7 +207,7 @@ def test_continuing(problem):
     assert (wrong - exact).abs().max() > 1e-3, "with the states of another policy it is none"
 
 
-def test_the_error_of_one_step_is_the_advantage(problem):
+def test_mean_td_error_is_the_advantage(problem):
     """(19), and (20): by how much it is wrong where the value is."""
     logits, transition, reward = problem
     _, value, q, _ = solve(logits, 0.9 * transition, reward, 0.95)
@@ -219,7 +219,7 @@ def test_the_error_of_one_step_is_the_advantage(problem):
     torch.testing.assert_close(biased, q - wrong[:, None] + bias)
 
 
-def test_sums_of_errors():
+def test_sums_of_td_errors():
     """(21): λ = 0 is one step, λ = 1 the return less the value."""
     import ppo
 
@@ -256,7 +256,7 @@ def test_the_best_baseline():
     assert variance(best) < variance(prob @ returns) < variance(0.0)
 
 
-def test_a_baseline_off_policy_carries_the_ratios(problem):
+def test_off_policy_baseline_needs_the_ratios(problem):
     """Baseline (7): with the product up to its own step the mean is zero, without it is not."""
     paths = Paths(problem, other_policy())
     baseline = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)[paths.state]
@@ -305,7 +305,7 @@ def group_gradient(logits, reward, size, scale):
     return gradient((prob * advantage * logprob[groups]).sum() / size, logits)
 
 
-def test_the_groups_mean_is_a_baseline_up_to_a_factor():
+def test_group_mean_is_a_baseline_up_to_a_factor():
     """GRPO (1), (2): leaving one out is exact; the mean of all gives (G − 1) / G of it."""
     logits = torch.tensor([0.3, -1.0, 0.7], dtype=torch.float64, requires_grad=True)
     reward = torch.tensor([1.0, 0.0, 0.4], dtype=torch.float64)
@@ -314,7 +314,7 @@ def test_the_groups_mean_is_a_baseline_up_to_a_factor():
     torch.testing.assert_close(group_gradient(logits, reward, 4, "none"), exact * 3 / 4)
 
 
-def test_the_deviation_favours_the_easy_and_the_hard():
+def test_deviation_raises_the_weight_of_easy_and_hard_questions():
     """GRPO (3): beside the gradient without it, more where the answer is nearly always the same."""
     gains = []
     for right in (0.05, 0.5, 0.95):

@@ -1,15 +1,22 @@
-"""Break the scripts one line at a time, and see that the tests notice.
+"""Put known bugs into copies of the scripts, one at a time, and check that a test fails.
 
     python tests/mutants/run.py                  all mutants, two at a time
     python tests/mutants/run.py ppo grpo         those of these scripts
-    python tests/mutants/run.py --csv benchmarks/mutants.csv        and keep what came of them
-    python tests/mutants/run.py --passed         where pytest has just passed
+    python tests/mutants/run.py --changed main   those of scripts that differ from this revision
+    python tests/mutants/run.py --csv benchmarks/mutants.csv        write the results to a CSV
+    python tests/mutants/run.py --passed         do not first run the tests without a bug
 
-The .toml file of a script lists its mutants: the bug; where it comes from; a piece of its text that
-occurs once, and what stands there instead; the tests that should notice; and for
-benchmarks/ablations.py with which flags CartPole can show it (`cartpole`; false: it cannot) or the
-sums (`sums`). All the tests named must pass on the scripts as they are. A mutant is caught where
-one then fails: a copy that no longer imports, or hangs, is not. Exit code 1 where one survives.
+Each script has a .toml file with its mutants. A mutant has the bug in words, its source, a piece of
+the script that occurs once (`line`), what replaces it (`broken`), and the tests that should fail.
+For benchmarks/ablations.py it also has the flags with which CartPole can show the bug (`cartpole`;
+false if it cannot) or the sums can (`sums`).
+
+All these tests, slow or not, must pass without a bug. A mutant is caught if one of them then fails.
+A copy that cannot be imported, or that hangs, does not count as caught. The exit code is 1 if a
+mutant survives.
+
+With --changed, a script counts as changed if its own file, its .toml file, a test file that its
+mutants name or a file that all tests share differs from the revision.
 """
 
 import argparse
@@ -18,6 +25,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,8 +35,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-# Each mutant's tests run in a fork of a process that has loaded what they all need: most of them
-# take less time than that.
+# Each mutant's tests run in a fork of a process that has loaded what they all need, as loading
+# takes longer than most of these tests.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([
     "pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "gymnasium", "tyro",
@@ -38,7 +46,7 @@ COLUMNS = ["script", "line", "bug", "caught_by", "seconds"]
 
 
 def load(scripts=()):
-    """The mutants as dicts, `script` and the number of their `at` line added."""
+    """Return the mutants as dicts; `script` and the line number `at` are added."""
     mutants = []
     for path in sorted(HERE.glob("*.toml")):
         if scripts and path.stem not in scripts:
@@ -53,15 +61,33 @@ def load(scripts=()):
     return mutants
 
 
+def changed_scripts(mutants, revision):
+    """Return the scripts whose file, mutants or tests differ from a git revision."""
+    command = ["git", "diff", "--name-only", revision, "--"]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    changed = set(done.stdout.split())
+    tests = [name for name in changed if name.startswith("tests/") and name.endswith(".py")]
+    if any(not Path(name).name.startswith("test_") for name in tests):
+        return {mutant["script"] for mutant in mutants}  # all tests use such a file
+    return {mutant["script"] for mutant in mutants if changed & files_of(mutant)}
+
+
+def files_of(mutant):
+    """Return the files on which the outcome of a mutant depends."""
+    script = mutant["script"]
+    tests = {f"tests/{test.split('::')[0]}" for test in mutant["tests"]}
+    return {f"{script}.py", f"tests/mutants/{script}.toml", *tests}
+
+
 def copy(folder):
-    """The project's scripts and tests, as they are, in a new folder."""
+    """Copy the project's scripts and tests into a new folder."""
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "requirements.txt"]:
         shutil.copy(path, folder)
 
 
 def pytest(folder, tests, processes=0):
-    """(exit status, name of the first test that failed) of these tests in the folder."""
+    """Run tests in the folder. Return the exit status and the name of the first that failed."""
     process = SERVER.Process(target=pytest_here, args=(folder, tests, processes))
     process.start()
     process.join(600)
@@ -70,14 +96,14 @@ def pytest(folder, tests, processes=0):
         return None, "hangs"
     output = Path(folder, "output").read_text()
     failed = re.search(r"^FAILED tests/(.*?)( - |$)", output, re.MULTILINE)
-    if failed and process.exitcode:  # 1, or another if the process then broke down at its exit
+    if failed and process.exitcode:  # not always 1, as the process may crash when it exits
         return 1, failed[1]
-    status = process.exitcode if process.exitcode != 1 else None  # 1: it broke off, no test failed
+    status = process.exitcode if process.exitcode != 1 else None  # a crash, no test failed
     return status, output.strip()[-300:]
 
 
 def pytest_here(folder, tests, processes):
-    """The process of one such call: its output goes to a file, its end is pytest's."""
+    """Run pytest in this process, with output to a file; exit with its status."""
     os.chdir(folder)
     os.environ["PYTHONDONTWRITEBYTECODE"], sys.dont_write_bytecode = "1", True
     with open("output", "wb") as file:
@@ -85,12 +111,13 @@ def pytest_here(folder, tests, processes):
         os.dup2(file.fileno(), 2)
     from pytest import main  # by now loaded
 
-    sys.exit(main(["-q", "-x", "-p", "no:cacheprovider", "-n", str(processes),
+    # -m "" also selects slow tests
+    sys.exit(main(["-q", "-x", "-p", "no:cacheprovider", "-m", "", "-n", str(processes),
                    *(f"tests/{test}" for test in tests)]))
 
 
 def run(mutant):
-    """A row of the CSV; caught_by is empty where no test failed."""
+    """Return a row of the CSV; caught_by is empty if no test failed."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         copy(Path(folder))
@@ -107,11 +134,15 @@ def run(mutant):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("scripts", nargs="*", help="default: all")
-    parser.add_argument("--csv", type=Path, help="a file for the rows")
-    parser.add_argument("--passed", action="store_true", help="do not first run the tests unbroken")
+    parser.add_argument("--changed", metavar="REVISION", help="only scripts that differ from it")
+    parser.add_argument("--csv", type=Path, help="write the results to this file")
+    parser.add_argument("--passed", action="store_true", help="skip the run without a bug")
     args = parser.parse_args()
     start, mutants = time.perf_counter(), load(args.scripts)
-    if not args.passed:
+    if args.changed:
+        scripts = changed_scripts(mutants, args.changed)
+        mutants = [mutant for mutant in mutants if mutant["script"] in scripts]
+    if mutants and not args.passed:
         with tempfile.TemporaryDirectory() as folder:
             copy(Path(folder))
             status, name = pytest(folder, sorted({test for m in mutants for test in m["tests"]}), 2)
