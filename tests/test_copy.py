@@ -13,8 +13,12 @@ import test_decoder
 import test_reinforce
 import tokenizers
 import torch
+import transformers
 from conftest import ROOT
 from test_reinforce import double  # noqa: F401
+
+import dpo
+import grpo
 
 PAGE = (ROOT / "docs" / "copy.md").read_text()
 CHANGES = dict(re.findall(r"<!-- change (\w+) -->\n```diff\n(.*?)```", PAGE, re.DOTALL))
@@ -240,25 +244,99 @@ def test_the_countdown_reward():
         assert reward(wrong) == 0, wrong
 
 
-@pytest.mark.slow
-def test_own_data(tmp_path):
-    """The rows of the page, with a model folder."""
-    text = (ROOT / "docs" / "copy.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith('{"prompt"')]
-    assert [set(json.loads(row)) for row in rows] == [
-        {"prompt", "answer"}, {"prompt", "chosen", "rejected"}
-    ]
-    test_decoder.write(tmp_path / "tiny", "llama")
-    vocabulary = {symbol: i for i, symbol in enumerate(["<end>", *"0123456789+="])}
+def test_gsm8k_becomes_prompts_with_answers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = {"question": "Tom has 2 apples and buys 3. How many has he?",
+           "answer": "Tom has 2+3=<<2+3=5>>5 apples.\n#### 5"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    exec(example("gsm8k"), {})
+    (made,) = map(json.loads, (tmp_path / "questions.jsonl").read_text().splitlines())
+    assert made["prompt"][0]["content"].startswith(row["question"])
+    assert grpo.default_reward("2 + 3 = 5\n#### 5", made) == 1
+    assert grpo.default_reward("#### 6", made) == 0
+
+
+def test_datasets_writes_pairs_that_dpo_reads(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    rows = json.loads((ROOT / "tests/data/pairs_prompt_and_conversations.json").read_text())
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    exec(example("ultrafeedback"), {})
+    found = dpo.read_rows(tmp_path / "pairs.jsonl", dpo.split_row, False)
+    assert found == [dpo.split_row(row) for row in rows] and len(found) == 2
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """A model folder whose tokens are the characters of sums; returns its parent."""
+    test_decoder.write(tmp_path / "FOLDER", "llama")
+    vocabulary = {symbol: i for i, symbol in enumerate(["<end>", *"0123456789+= "])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<end>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
-    tokenizer.save(str(tmp_path / "tiny" / "tokenizer.json"))
-    (tmp_path / "tiny" / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
-    own = {"grpo.py": ["--batch-size", "2", "--max-completion-length", "8"],
-           "dpo.py": ["--batch-size", "2"]}
-    for (script, flags), row in zip(own.items(), rows):
-        (tmp_path / script).write_text((ROOT / script).read_text())
-        lines = [json.dumps(json.loads(row) | {"prompt": f"{n:02}+03="}) for n in range(20)]
-        (tmp_path / "data.jsonl").write_text("\n".join(lines))
-        run(tmp_path, script, "--model", "tiny", "--data", "data.jsonl", "--max-steps", "2",
-            "--run-dir", f"run-{script}", *flags)
+    tokenizer.save(str(tmp_path / "FOLDER" / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    (tmp_path / "FOLDER" / "tokenizer_config.json").write_text(json.dumps(
+        {"eos_token": "<end>", "chat_template": template}))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_own_data(digits):
+    """The rows of the page, with other prompts."""
+    text = (ROOT / "docs" / "copy.md").read_text()
+    rows = re.findall(r"^\| `(\w+\.py)` \| `(\{.*\})` \|$", text, re.MULTILINE)
+    assert [script for script, _ in rows] == ["grpo.py"] * 2 + ["dpo.py"] * 2
+    flags = {"grpo.py": ["--max-completion-length", "8"], "dpo.py": []}
+    for number, (script, row) in enumerate(rows):
+        row = json.loads(row)
+        lines = []
+        for n in range(20):
+            prompt = f"{n:02}+03="
+            if isinstance(row["prompt"], list):
+                prompt = [row["prompt"][0] | {"content": prompt}]
+            lines.append(json.dumps(row | {"prompt": prompt}))
+        (digits / "data.jsonl").write_text("\n".join(lines))
+        (digits / script).write_text((ROOT / script).read_text())
+        run(digits, script, "--model", "FOLDER", "--data", "data.jsonl", "--max-steps", "2",
+            "--batch-size", "2", "--run-dir", f"run-{number}", *flags[script])
+
+
+@pytest.mark.slow
+def test_several_rewards_and_own_columns(digits, monkeypatch):
+    """The code of the page, with fewer and shorter completions."""
+    monkeypatch.chdir(digits)
+    page = (ROOT / "docs" / "copy.md").read_text()
+    row = json.loads(re.search(r'^\{"prompt": .*"word".*\}$', page, re.MULTILINE)[0])
+    rows = [row | {"prompt": f"{n}+1=", "word": str(n)} for n in range(30)]
+    (digits / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    small = {"batch_size": 2, "max_steps": 2, "max_completion_length": 6, "device": "cpu",
+             "run_dir": str(digits / "run")}
+    default_args, names = grpo.default_args, {}
+    monkeypatch.setattr(grpo, "default_args", lambda *args, **more: default_args(
+        *args, **small | more))
+    exec(example("rewards"), names)
+    assert names["reward"]("a tree 7", row) == 1.5 and names["reward"]("7 " * 13, row) == 0
+    transcripts = [json.loads(line) for line in (digits / "run" / "transcripts.jsonl").open()]
+    assert transcripts and all(each["reward"] in (0, 0.5, 1, 1.5) for each in transcripts)
+
+
+def test_adapters_can_be_merged(digits, monkeypatch):
+    """A third of the difference between the model and its export."""
+    args = grpo.default_args(str(digits / "FOLDER"), lora_rank=2, device="cpu")
+    model = grpo.make_model(*grpo.load_model(args)[:2], torch.device("cpu"), args)
+    for name, param in model.named_parameters():
+        if "lora_b" in name:
+            torch.nn.init.normal_(param)
+    base = transformers.AutoModelForCausalLM.from_pretrained(digits / "FOLDER")
+    before = {name: param.clone() for name, param in base.named_parameters()}
+    grpo.save_model(digits / "merged", model, grpo.load_model(args)[2])
+    merged = transformers.AutoModelForCausalLM.from_pretrained(digits / "merged")
+    monkeypatch.setattr(grpo, "load_checkpoint", lambda folder: {"model": {
+        name: param.detach() for name, param in model.named_parameters() if "lora_" in name}})
+    exec(example("merge"), {"grpo": grpo, "model": base})
+    changed = 0
+    for name, param in merged.named_parameters():
+        third = before[name] + (param - before[name]) / 3
+        torch.testing.assert_close(base.get_parameter(name), third, atol=1e-5, rtol=1e-4)
+        changed += not torch.equal(param, before[name])
+    assert changed == 14
