@@ -1,4 +1,4 @@
-"""README says what the committed CSVs say, and the plots draw what metrics.csv says."""
+"""Tables agree with the committed CSVs, and plots show the values of metrics.csv."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The pages: formulas that code hosts draw, every equation and choice in its place, links."""
+"""The pages: formulas that code hosts can show, every equation and choice, links."""
 
 import ast
 import importlib
@@ -18,13 +18,13 @@ def text_of(page):
 
 
 def without_code(text):
-    """A page without its fenced blocks and inline code, $`...`$ excepted."""
+    """Remove fenced blocks and inline code, but not $`...`$."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"(?<!\$)`[^`\n]+`(?!\$)", "", text)
 
 
 def complaints(text):
-    """What a code host would spoil: there $...$ is read as Markdown before it is a formula."""
+    """Yield formulas that a code host shows wrongly, as it reads $...$ as Markdown first."""
     for match in INLINE.finditer(text):
         quoted, plain = match.groups()
         before, after = text[match.start() - 1], text[match.end():match.end() + 1]
