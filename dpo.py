@@ -20,16 +20,18 @@ The gradient of a pair pushes log π(y_w) up and log π(y_l) down, both with the
 β σ(r̂_l − r̂_w), which is large where r̂ is wrong. Only their difference counts: both may fall.
 
 Implementation choices:
-[C1] These flags select published variants:
-       (no flag)                              DPO    2305.18290
-       --label-smoothing 0.1                  cDPO   assumes that 10 % of the labels are wrong
-       --length-normalize                     log π of an answer is the mean over its tokens,
-                                              2411.15124
-       --loss-type ipo                        IPO    2310.12036, log π is the sum over the tokens
-       --length-normalize --reference-free    SimPO  2405.14734, with --gamma-margin
-       --nll-coef 1                           RPO    2404.19733, adds −log π(y_w) per token
+[C1] These flags select published variants. Δ is the difference in brackets in (7), Δ/|y| the same
+     with each log π divided by the number of tokens of its answer:
+       flags                               loss of a pair                  usual β   paper (arXiv)
+       (none)                              −log σ(βΔ)                      0.1       2305.18290
+       --label-smoothing ε                 −(1−ε) log σ(βΔ) − ε log σ(−βΔ)   0.1       cDPO
+       --loss-type ipo                     (Δ − 1/(2β))²                   0.1       2310.12036
+       --length-normalize                  −log σ(β Δ/|y|)                 5         2411.15124
+       --length-normalize                  −log σ(β Δ/|y| − γ), without    2         2405.14734
+         --reference-free --gamma-margin γ   π_ref; γ about 1                        (SimPO)
+       --nll-coef α                        −log σ(βΔ) − α log π(y_w)/|y_w|   0.1, α 1  2404.19733
 [C2] log π_ref is computed once, before training: two numbers per pair, one model in memory.
-[C3] The learning rate decays linearly to 0. Each batch is drawn at random, without epochs.
+[C3] The learning rate rises in the first batches and then falls linearly to 0.
 [C4] Prompt and answer are tokenized separately, so no token spans both.
 [C5] Means are over the whole batch, so the gradient does not depend on --micro-batch-size or on
      the number of processes.
@@ -41,18 +43,26 @@ tokens of a micro-batch.
 
     python dpo.py                                               a tiny GPT learns to add
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl
+
+A row of --data is a JSON object with `chosen` and `rejected`, and mostly `prompt`. They are texts,
+which are used as they are, or lists of chat messages, which go through the chat template. Without
+`prompt`, it is what the two have in common at the beginning.
 """
 
 import functools
+import gzip
 import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
+from array import array
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -76,12 +86,16 @@ class Args:
     """The defaults are those of the tiny GPT; default_args returns those of a --model."""
 
     model: str = ""  # Hugging Face folder or hub id: Llama, Qwen2, Qwen3; default: a tiny GPT
-    data: str = ""  # JSON lines with `prompt`, `chosen` and `rejected`; needs --model
+    data: str = ""  # JSON lines or a JSON array, may be .gz, see above; needs --model
     skip_bad_rows: bool = False  # leave out rows that cannot be used, and print how many
+    chat_template_kwargs: str = "{}"  # JSON for the chat template: '{"enable_thinking": false}'
+    max_length: int = 1024  # cut prompt and answer after this number of tokens
     seed: int = 1
-    max_steps: int = 400  # batches to learn from
+    num_epochs: int = 4  # how often to learn from each pair
+    max_steps: int | None = None  # batches to learn from, instead of --num-epochs
     batch_size: int = 256  # pairs per batch, over all processes
-    learning_rate: float = 5e-4  # initial AdamW step size [C3]
+    learning_rate: float = 5e-4  # highest AdamW step size [C3]
+    warmup_ratio: float = 0.1  # share of the batches in which the step size grows [C3]
     max_grad_norm: float = 1.0  # clip the gradient norm to this
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"  # [C1]
     beta: float = 0.5  # strength of the pull towards the reference policy
@@ -92,8 +106,8 @@ class Args:
     nll_coef: float = 0.0  # coefficient of the negative log-likelihood of chosen [C1]
     train_pairs: int = 25_000  # pairs to make for the tiny GPT
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before DPO
-    eval_every: int = 20  # batches between evaluations on held-out pairs
-    eval_pairs: int = 256  # held-out pairs
+    eval_every: int = 20  # batches between evaluations; 0: they take about 5 % of the run
+    eval_pairs: int = 256  # held-out pairs, at most a tenth of the data
     micro_batch_size: int = 256  # pairs per forward and backward pass; changes only memory [C5]
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
     lora_rank: int = 0  # train LoRA adapters of this rank instead of the weights
@@ -184,11 +198,11 @@ def pad_batch(rows, device):
 
 
 class Pair(NamedTuple):
-    """A prompt, the better and the worse answer, as lists of token ids."""
+    """Token ids of a prompt, of the better and of the worse answer."""
 
-    prompt: list
-    chosen: list
-    rejected: list
+    prompt: array  # takes a tenth of the memory of a list
+    chosen: array
+    rejected: array
 
 
 def num_columns(pair):
@@ -214,19 +228,37 @@ def sequence_logprobs(model, inputs, targets, mask):
 
 
 @torch.no_grad()
-def score_pairs(model, pairs, args):
+def score_pairs(model, pairs, args, title="reference"):
     """Compute log π of the answers of all pairs, (P, 2); the processes share the work."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     indices = by_length(pairs, range(len(pairs)))
     # All processes must call the model equally often, so some compute the first pair once more.
     indices = local_rows(indices + indices[:1] * (-len(indices) % world_size))
     logprobs = []
-    for start in range(0, len(indices), args.micro_batch_size):
+    hidden = None if get_rank() == 0 else True  # None: only in a terminal
+    for start in tqdm(range(0, len(indices), args.micro_batch_size), title, leave=False,
+                      disable=hidden):
         part = [pairs[i] for i in indices[start:start + args.micro_batch_size]]
         logprobs.append(sequence_logprobs(model, *pad_pairs(part, args.device)).cpu())
     result = torch.zeros(len(pairs), 2)
     result[all_gather(torch.tensor(indices))] = all_gather(torch.cat(logprobs))
     return result
+
+
+def batch_indices(step, num_pairs, args):
+    """Return the indices of the pairs of a batch; each epoch has an order of its own."""
+    epoch, batch = divmod(step, num_pairs // args.batch_size)
+    rng = torch.Generator().manual_seed(random.Random(f"{args.seed} {epoch}").randrange(2**31))
+    order = torch.randperm(num_pairs, generator=rng).tolist()  # the same in all processes
+    return order[batch * args.batch_size:(batch + 1) * args.batch_size]
+
+
+def step_size(step, num_steps, args):
+    """Compute the learning rate: it rises during the warm-up, then falls linearly to 0."""
+    warmup_steps = args.warmup_ratio * num_steps
+    rise = (step + 1) / max(warmup_steps, 1)
+    fall = (num_steps - step) / max(num_steps - warmup_steps, 1)
+    return args.learning_rate * min(rise, fall, 1)                                # [C3]
 
 
 def update(model, optimizer, pairs, ref_logprob, args):
@@ -265,10 +297,13 @@ def evaluate(model, pairs, ref_logprob, args):
     """Compute some preference_metrics of held-out pairs; ref_logprob is (P, 2)."""
     length = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
     divisor = length if args.length_normalize else torch.ones_like(length)
-    logprob = score_pairs(model, pairs, args)
-    metrics = preference_metrics(logprob / divisor, ref_logprob / divisor, length, args.beta)
+    logprob = score_pairs(model, pairs, args, "evaluation")
+    logprob, ref_logprob = logprob / divisor, ref_logprob / divisor
+    metrics = preference_metrics(logprob, ref_logprob, length, args.beta)
+    loss = preference_loss(logprob, ref_logprob, args.beta, args.loss_type, args.label_smoothing,
+                           args.gamma_margin).mean()
     return {f"heldout_{name}": metrics[name].item()
-            for name in ("accuracy", "margin", "chosen_fell")}
+            for name in ("accuracy", "margin", "chosen_fell")} | {"heldout_loss": loss.item()}
 
 
 def train(args):
@@ -281,6 +316,7 @@ def train(args):
     optimizer = torch.optim.AdamW(params, args.learning_rate, weight_decay=0.0, fused=True)
     with Logger(args, model, optimizer, weights) as log:
         pairs, heldout = load_pairs(args, tokenizer, model, log.dir)
+        num_steps, eval_every = plan(pairs, heldout, tokenizer, args)
         if log.ref_logprob is None:  # else --resume has restored it
             log.before = None if args.model else evaluate_sums(model, tokenizer, None, args)
             log.ref_logprob = (torch.zeros(len(heldout + pairs), 2) if args.reference_free
@@ -288,15 +324,14 @@ def train(args):
         if len(log.ref_logprob) != len(heldout) + len(pairs):
             raise SystemExit(f"--resume {args.resume}: --data has other pairs now")
         heldout_ref, ref_logprob = log.ref_logprob.split([len(heldout), len(pairs)])
-        while not log.stopped() and log.step < args.max_steps:
-            remaining = 1 - log.step / args.max_steps
-            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining      # [C3]
-            rng = random.Random(f"{args.seed} {log.step}")  # the same in all processes
-            indices = rng.sample(range(len(pairs)), args.batch_size)
+        log.bar.total = num_steps
+        while not log.stopped() and log.step < num_steps:
+            optimizer.param_groups[0]["lr"] = step_size(log.step, num_steps, args)
+            indices = batch_indices(log.step, len(pairs), args)
             indices = local_rows(by_length(pairs, indices))
             metrics = update(model, optimizer, [pairs[i] for i in indices], ref_logprob[indices],
                              args)
-            if log.step % args.eval_every == 0 or log.step + 1 == args.max_steps:
+            if log.step % eval_every == 0 or log.step + 1 == num_steps:
                 log.heldout = evaluate(model, heldout, heldout_ref, args)
                 log.score = log.heldout["heldout_accuracy"]
             log.write(**metrics, **log.heldout)
@@ -554,9 +589,10 @@ def default_args(model="", lora_rank=0, **overrides):
     """Return the flags for the tiny GPT or for a --model."""
     values = {"model": model, "lora_rank": lora_rank}
     if model:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        values |= {"batch_size": 16, "micro_batch_size": 2, "beta": 0.1, "bf16": bf16,
-                   "learning_rate": 1e-4 if lora_rank else 1e-6}
+        is_cuda = torch.device(overrides.get("device", Args.device)).type == "cuda"
+        bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        values |= {"num_epochs": 1, "batch_size": 16, "micro_batch_size": 2, "beta": 0.1,
+                   "learning_rate": 1e-4 if lora_rank else 1e-6, "eval_every": 0, "bf16": bf16}
     return Args(**values | overrides)
 
 
@@ -565,13 +601,15 @@ def parse_args():
     # A first pass finds these flags; --help is left to the second pass.
     first = tyro.cli(Args, args=[arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
     if not first.resume:
-        return tyro.cli(Args, default=default_args(first.model, first.lora_rank))
+        return tyro.cli(Args, default=default_args(
+            first.model, first.lora_rank, device=first.device))
     try:
         saved = Args(**load_checkpoint(first.resume)["args"])
     except Exception as error:  # a missing or damaged file, or another script's
         raise SystemExit(f"{first.resume}: not a run of this script: {error!r:.150}") from error
     args = tyro.cli(Args, default=saved)
-    fixed = ("model", "lora_rank", "reference_free")
+    fixed = ("model", "lora_rank", "reference_free", "num_epochs", "max_steps", "batch_size",
+             "eval_pairs", "max_length")
     if any(getattr(args, name) != getattr(saved, name) for name in fixed):
         raise SystemExit(f"--resume {first.resume}: {', '.join(fixed)} cannot change")
     return args
@@ -594,6 +632,10 @@ def setup(args):
         raise SystemExit("--model and --data: give both, or neither for the tiny GPT")
     if args.data and not Path(args.data).is_file():
         raise SystemExit(f"--data {args.data}: no such file")
+    try:
+        json.loads(args.chat_template_kwargs).items()
+    except (ValueError, AttributeError) as error:
+        raise SystemExit("--chat-template-kwargs: expected a JSON object") from error
     if args.loss_type == "ipo" and (args.label_smoothing or args.gamma_margin):
         raise SystemExit("--loss-type ipo: has no --label-smoothing and no --gamma-margin")
     torch.manual_seed(args.seed)  # the same weights in all processes
@@ -635,22 +677,32 @@ def load_model(args):
 
     folder = Path(args.model)
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            patterns = ["*.json", "*.jinja", "*.safetensors"]
-            folder = Path(snapshot_download(args.model, allow_patterns=patterns))
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"--model {args.model}: no such folder, and no download from the "
-                             f"hub: {' '.join(str(error).split()):.300}") from error
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).exists():
-            raise SystemExit(f"--model {args.model}: {name} is missing")
+        folder = download(args.model)
+    for pattern in ("config.json", "tokenizer.json", "*.safetensors"):
+        if not list(folder.glob(pattern)):
+            raise SystemExit(f"--model {args.model}: {pattern} is missing; save the model and the "
+                             "tokenizer with save_pretrained of transformers to get all files")
     config = read_config(json.loads((folder / "config.json").read_text("utf-8")), args.model)
     weights = {}
     for path in sorted(folder.glob("*.safetensors")):
         weights |= load_file(path)  # memory-mapped: read when used
-    return config, weights, Tokenizer(folder)
+    return config, weights, Tokenizer(folder, json.loads(args.chat_template_kwargs))
+
+
+def download(model):
+    """Download a model from the Hugging Face hub; return its folder."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:  # an id is owner/name
+        raise SystemExit(f"--model {model}: no such folder")
+    try:
+        config = Path(hf_hub_download(model, "config.json"))
+        read_config(json.loads(config.read_text("utf-8")), model)  # exits if it is not supported
+        patterns = ["*.json", "*.jinja", "*.safetensors"]
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--model {model}: no such folder, and no download from the hub: "
+                         f"{' '.join(str(error).split()):.300}") from error
 
 
 class Characters:
@@ -658,11 +710,16 @@ class Characters:
 
     symbols, stop_ids = ["<end>", *"0123456789+="], [0]
 
-    def encode(self, prompt):
-        return [self.symbols.index(character) for character in prompt]
+    def encode(self, text):
+        return [self.symbols.index(character) for character in text]
+
+    encode_prompt = encode
 
     def decode(self, tokens):
         return "".join(self.symbols[token] for token in tokens if token != 0)
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class Tokenizer:
@@ -671,8 +728,7 @@ class Tokenizer:
     files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
              "generation_config.json", "chat_template.jinja")
 
-    def __init__(self, folder):
-        import jinja2.sandbox  # the template is code that may not be trusted
+    def __init__(self, folder, template_kwargs):
         import tokenizers
 
         self.folder = folder
@@ -680,10 +736,10 @@ class Tokenizer:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         settings = self.read_json("tokenizer_config.json")
-        self.special_tokens = {name: value["content"] if isinstance(value, dict) else value
-                               for name, value in settings.items()
-                               if name.endswith("_token") and value}
-        ids = [self.tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))]
+        special_tokens = {name: value["content"] if isinstance(value, dict) else value
+                          for name, value in settings.items() if name.endswith("_token") and value}
+        self.template_values = special_tokens | template_kwargs
+        ids = [self.tokenizer.token_to_id(special_tokens.get("eos_token", ""))]
         for file in ("config.json", "generation_config.json"):
             found = self.read_json(file).get("eos_token_id")
             ids += found if isinstance(found, list) else [found]
@@ -695,36 +751,88 @@ class Tokenizer:
             template = (folder / "chat_template.jinja").read_text("utf-8")
         if isinstance(template, list):  # several, by name
             template = {each["name"]: each["template"] for each in template}.get("default")
-        jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
-        self.template = jinja.from_string(template) if template else None
-        self.template_error = jinja2.TemplateError
+        self.template_source = template or ""
 
     def read_json(self, name):
         """Return the content of a file of the folder, {} if it is missing."""
         path = self.folder / name
         return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
-    def encode(self, prompt):
-        """Return the token ids of a text, or of chat messages through the chat template."""
-        if not isinstance(prompt, str):
-            if self.template is None or not prompt:
-                raise ValueError("no messages, or the model has no chat template")
-            try:
-                prompt = self.template.render(messages=prompt, add_generation_prompt=True,
-                                              **self.special_tokens)
-            except self.template_error as error:
-                raise ValueError(f"chat template: {error}") from error
-        return self.tokenizer.encode(prompt, add_special_tokens=False).ids
+    @functools.cached_property
+    def template(self):
+        """The compiled chat template. The token with which it ends a turn becomes a stop token."""
+        import jinja2.sandbox  # the template is code that may not be trusted
 
-    def decode(self, tokens):
-        return self.tokenizer.decode(tokens)
+        jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
+        # transformers' own tags around what an assistant says: not needed here
+        source = re.sub(r"({%-?\s*)generation(\s*-?%})", r"\1if true\2", self.template_source)
+        source = re.sub(r"({%-?\s*)endgeneration(\s*-?%})", r"\1endif\2", source)
+        template = jinja.from_string(source)
+        turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        text = template.render(messages=turn, **self.template_values)
+        end = self.encode(text.rpartition("answer")[2])[:1]
+        if end and self.tokenizer.get_added_tokens_decoder().get(end[0]):
+            self.stop_ids = list(dict.fromkeys(end + self.stop_ids))
+        return template
+
+    def render(self, messages, is_complete=False):
+        """Return the text of chat messages, up to where an assistant's answer begins.
+
+        An assistant's last message is continued, or ended if is_complete.
+        """
+        import jinja2
+
+        if not self.template_source:
+            raise ValueError("there are chat messages, but the model has no chat template")
+        check_messages(messages)
+        is_continued = messages[-1]["role"] == "assistant"
+        try:
+            text = self.template.render(
+                messages=messages, add_generation_prompt=not is_continued, tools=None,
+                documents=None, **self.template_values)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"chat template: {error}") from error
+        if is_continued and not is_complete:
+            content = messages[-1]["content"].strip()
+            text = text[:text.rindex(content) + len(content)]
+        return text
+
+    def encode_prompt(self, prompt):
+        """Return the token ids of a text, or of chat messages through the chat template."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt).ids  # with the special tokens of the model
+        return self.encode(self.render(prompt))
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens, skip_special_tokens=True):
+        return self.tokenizer.decode(tokens, skip_special_tokens)
 
     def save(self, folder):
         for name in self.files:
             if (self.folder / name).exists():
                 shutil.copy(self.folder / name, folder)
+
+
+def check_messages(messages):
+    """Raise ValueError unless this is a list of chat messages with texts."""
+    valid = isinstance(messages, list) and messages and all(
+        isinstance(message, dict) and isinstance(message.get("content"), str)
+        and message.get("role") in ROLES for message in messages)
+    if not valid:
+        raise ValueError("expected a text, or chat messages with `content`, a text, and `role`: "
+                         + ", ".join(ROLES))
+
+
+def print_example(tokenizer, prompt, answer):
+    """Print an example as the model sees it, from token ids; the answer is what is trained."""
+    if tokenizer.template_source and "template" not in vars(tokenizer):  # which is made when used
+        print("All prompts are texts: the chat template of the model is not used.")
+    prompt, answer = (tokenizer.decode(ids, False) for ids in (prompt, answer))
+    print(f"An example as the model sees it, the trained part in >>> <<<:\n{prompt}>>>{answer}<<<")
 
 
 def raise_exception(message):
@@ -751,6 +859,50 @@ def addition(rng, held_out=False):
 def split_hash(prompt):
     """Return a number from 0 to 1 that depends on the prompt alone; it decides what is held out."""
     return random.Random(json.dumps(prompt)).random()
+
+
+def read_rows(path, parse, skip_bad_rows):
+    """Return parse(row) of all rows (dicts) of a file.
+
+    parse raises ValueError for a bad row, which ends the run, or is counted if skip_bad_rows.
+    It returns None for a row that is too long.
+    """
+    rows, bad = [], Counter()
+    for number, row in read_json(Path(path)):
+        place = "line" if isinstance(row, str) else "item"
+        try:
+            row = json.loads(row) if place == "line" else row
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+            rows.append(parse(row))
+        except ValueError as error:
+            is_json = not isinstance(error, json.JSONDecodeError)
+            reason = str(error) if is_json else "not JSON; expected JSON lines or a JSON array"
+            if not skip_bad_rows:
+                raise SystemExit(f"--data {path}, {place} {number}: {reason}") from error
+            bad[reason] += 1
+    used = [row for row in rows if row is not None]
+    if get_rank() == 0:
+        print(f"--data {path}: {len(rows) + bad.total()} rows, of which "
+              f"{len(rows) - len(used)} are too long and {bad.total()} bad")
+        for reason, count in bad.most_common(10):
+            print(f"  {count} skipped: {reason}")
+    if not used:
+        raise SystemExit(f"--data {path}: no rows that can be used")
+    return used
+
+
+def read_json(path):
+    """Yield (number, line) for JSON lines, (number, item) for a JSON array; .gz is unpacked."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            is_array = file.read(100).lstrip().startswith("[")
+            file.seek(0)
+            rows = enumerate(json.load(file) if is_array else file, 1)
+            yield from (row for row in rows if is_array or row[1].strip())
+    except (OSError, EOFError, ValueError) as error:
+        raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
 
 
 def tiny_config(vocab_size):
@@ -855,54 +1007,97 @@ def load_pairs(args, tokenizer, model, folder):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         if dist.is_initialized():
             dist.barrier()  # the others read it
-    rows = sorted(read_rows(path, tokenizer, model.config["max_position_embeddings"], args),
-                  key=lambda row: row[0])
-    if not rows:
-        raise SystemExit(f"--data {path}: no rows")
+    max_length = min(args.max_length, model.config["max_position_embeddings"])
+    rows = read_rows(path, lambda row: read_pair(row, tokenizer, max_length), args.skip_bad_rows)
+    rows.sort(key=lambda row: row[0])
     num_heldout = max(min(args.eval_pairs, len(rows) // 10), 1)
     limit, _ = rows[num_heldout - 1]  # equal prompts stay together, so there may be some more
     heldout = [pair for split, pair in rows if split <= limit]
     pairs = [pair for split, pair in rows if split > limit]
+    if args.max_steps:
+        pairs = pairs[:args.max_steps * args.batch_size]  # only those that are used
     if len(pairs) < args.batch_size:
         raise SystemExit(f"--batch-size {args.batch_size}: there are only {len(pairs)} pairs to "
                          f"learn from, and {len(heldout)} held out")
     return pairs, heldout
 
 
-def read_rows(path, tokenizer, context_length, args):
-    """Return (split_hash, Pair) of the rows of a file; exit at a bad one, or skip and count it."""
-    rows, num_bad = [], 0
-    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
-        try:
-            if line.strip():
-                row = json.loads(line)
-                rows.append((split_hash(row["prompt"]), read_pair(row, tokenizer, context_length)))
-        except (ValueError, KeyError, TypeError) as error:
-            if not args.skip_bad_rows:
-                raise SystemExit(f"--data {path}, line {number}: {error!r}") from error
-            num_bad += 1
-    if num_bad and get_rank() == 0:
-        print(f"--data {path}: {num_bad} bad rows skipped")
-    return rows
+def plan(pairs, heldout, tokenizer, args):
+    """Return and print the number of batches, and of batches between evaluations.
+
+    An evaluation of a pair takes a third of the time of learning from it; all evaluations together
+    take about 5 % of the run.
+    """
+    num_steps = args.max_steps or args.num_epochs * (len(pairs) // args.batch_size)
+    eval_every = args.eval_every or math.ceil(len(heldout) / (0.05 * 3 * args.batch_size))
+    if get_rank() == 0:
+        num_cut = sum(pair.chosen[-1] not in tokenizer.stop_ids
+                      or pair.rejected[-1] not in tokenizer.stop_ids for pair in pairs + heldout)
+        print(f"{len(pairs)} pairs to learn from, {len(heldout)} held out, {num_cut} of them cut; "
+              f"{num_steps} batches of {args.batch_size}, an evaluation every {eval_every}")
+        if args.model:
+            print_example(tokenizer, pairs[0].prompt, pairs[0].chosen)
+            print(f"The rejected answer:\n{tokenizer.decode(pairs[0].rejected, False)}")
+    return num_steps, eval_every
 
 
-def read_pair(row, tokenizer, context_length):
-    """Return the Pair of a row; ValueError says what is wrong with it."""
-    answers = []
-    for name in ("chosen", "rejected"):
-        answer = row[name]
-        if isinstance(answer, list) and len(answer) == 1:  # chat messages
-            answer = answer[0]["content"]
-        if not isinstance(answer, str) or not answer.strip():
-            raise ValueError(f"`{name}` must be a text that is not empty, or one chat message")
-        answers.append(tokenizer.encode(answer) + tokenizer.stop_ids[:1])         # [C4] [C6]
-    pair = Pair(tokenizer.encode(row["prompt"]), *answers)
-    if pair.chosen == pair.rejected:
-        raise ValueError("`chosen` and `rejected` are equal")
-    if not pair.prompt or num_columns(pair) > context_length:
-        raise ValueError(f"prompt and answer have {num_columns(pair)} tokens, the model takes 1 to "
-                         f"{context_length}")
-    return pair
+def read_pair(row, tokenizer, max_length):
+    """Return split_hash of the prompt and the Pair of a row; None if the prompt is too long."""
+    prompt, *answers = split_row(row)
+    if isinstance(prompt, str):
+        prompt_ids = tokenizer.encode_prompt(prompt)
+    else:  # the answers are what they add to the rendered prompt
+        start = tokenizer.render(prompt)
+        prompt_ids = tokenizer.encode(start)
+        answers = [tokenizer.render(prompt + answer, is_complete=True) for answer in answers]
+        if not all(text.startswith(start) for text in answers):
+            raise ValueError("the chat template changes the prompt when an answer follows")
+        answers = [text.removeprefix(start) for text in answers]
+    chosen, rejected = (encode_answer(text, tokenizer) for text in answers)
+    if not prompt_ids or chosen == rejected:
+        raise ValueError("the prompt is empty, or `chosen` and `rejected` are equal")
+    room = max(max_length - len(prompt_ids), 0)
+    pair = Pair(array("i", prompt_ids), array("i", chosen[:room]), array("i", rejected[:room]))
+    return (split_hash(prompt), pair) if pair.chosen != pair.rejected else None
+
+
+def encode_answer(text, tokenizer):
+    """Return the token ids of an answer; they end with a stop token."""
+    ids = tokenizer.encode(text)                                                  # [C4]
+    stops = [i for i, token in enumerate(ids) if token in tokenizer.stop_ids]
+    return ids[:stops[-1] + 1] if stops else ids + tokenizer.stop_ids[:1]         # [C6]
+
+
+def as_messages(role, part):
+    """Return a text as a list with a message, anything else as it is."""
+    return [{"role": role, "content": part}] if isinstance(part, str) else part
+
+
+def split_row(row):
+    """Return prompt, chosen and rejected of a row: three texts, or three lists of messages."""
+    prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
+    if any(isinstance(part, list) for part in (prompt, chosen, rejected)):
+        prompt = as_messages("user", prompt)
+        chosen, rejected = as_messages("assistant", chosen), as_messages("assistant", rejected)
+    for answer in (chosen, rejected):
+        if not isinstance(answer, str):
+            check_messages(answer)
+        elif not answer.strip():
+            raise ValueError("an answer is empty")
+    if prompt is None or (isinstance(chosen, list) and chosen[0]["role"] != "assistant"):
+        # Whole conversations or texts: what they have in common is the prompt.
+        same = [a == b for a, b in zip(chosen, rejected)] + [False]
+        prompt = chosen[:same.index(False)]
+        if isinstance(prompt, str):  # not up to the middle of a word of the answers
+            turn = re.match(r".*\n\nAssistant:", prompt, re.DOTALL)
+            prompt = turn[0] if turn else re.sub(r"\s*\S*$", "", prompt)
+        chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
+    if not (type(prompt) is type(chosen) is type(rejected) and chosen and rejected):
+        raise ValueError("`prompt`, `chosen` and `rejected` must be texts, or messages; prompt and "
+                         "answers must not be empty")
+    if isinstance(chosen, list) and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
+        raise ValueError("an answer must begin with a message of the assistant")
+    return prompt, chosen, rejected
 
 
 @torch.no_grad()
@@ -975,7 +1170,7 @@ class Logger:
         elif get_rank() == 0 and (self.dir / "checkpoint.pt").exists():
             raise SystemExit(f"--run-dir {self.dir}: holds a run already; choose another folder")
         self.start, self.saved_at = time.perf_counter() - self.seconds, time.perf_counter()
-        self.bar = tqdm(total=args.max_steps, initial=self.step, unit=" batches",
+        self.bar = tqdm(initial=self.step, unit=" batches",
                         disable=None if get_rank() == 0 else True)
         signal.signal(signal.SIGINT, self.interrupt)
         if get_rank() > 0:

@@ -44,9 +44,13 @@ micro-batch.
 
     python grpo.py                                              a tiny GPT learns to add
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data questions.jsonl
+
+A row of --data is a JSON object, and reaches the reward as a dict. `prompt` is a text, which the
+model continues, or a list of chat messages. The default reward also needs `answer`.
 """
 
 import functools
+import gzip
 import json
 import math
 import os
@@ -56,7 +60,9 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -79,14 +85,18 @@ class Args:
     """The defaults are those of the tiny GPT; default_args returns those of a --model."""
 
     model: str = ""  # Hugging Face folder or hub id: Llama, Qwen2, Qwen3; default: a tiny GPT
-    data: str = ""  # JSON lines with `prompt` (text or messages) and `answer`; needs --model
+    data: str = ""  # JSON lines or a JSON array, may be .gz, see above; needs --model
+    skip_bad_rows: bool = False  # leave out rows that cannot be used, and print how many
+    chat_template_kwargs: str = "{}"  # JSON for the chat template: '{"enable_thinking": false}'
     seed: int = 1
     max_steps: int = 300  # batches to generate and learn from
     batch_size: int = 128  # prompts per batch, over all processes
     num_generations: int = 8  # G: completions per prompt
     max_completion_length: int = 4  # C: tokens per completion
+    max_length: int = 1024  # leave out prompts with which a completion may get longer than this
     temperature: float = 1.0  # sampling temperature [C7]
     learning_rate: float = 3e-4  # AdamW step size
+    warmup_ratio: float = 0.0  # share of the batches in which the step size grows from 0
     max_grad_norm: float = 1.0  # clip the gradient norm to this
     preset: str = "default"  # a row of the table [C1]; gives the next six flags their defaults
     scale_rewards: Literal["group", "batch", "none", "leave-one-out"] = "none"  # how to scale [C1]
@@ -98,8 +108,8 @@ class Args:
     num_iterations: int = 1  # updates per batch
     mask_truncated_completions: bool = False  # do not learn from completions without stop token
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before GRPO
-    eval_every: int = 20  # batches between evaluations on held-out prompts
-    eval_prompts: int = 256  # held-out prompts
+    eval_every: int = 20  # batches between evaluations; 0: they take about 10 % of the run
+    eval_prompts: int = 256  # held-out prompts, at most a tenth of the data; 0: as many as fit
     micro_batch_size: int = 1024  # rows per forward and backward pass; changes only memory [C5]
     sampling_batch_size: int = 1024  # rows to generate at a time; changes only memory
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
@@ -181,13 +191,22 @@ def token_weight(mask, loss_type, num_rows, num_tokens, max_completion_length):
 
 
 def default_reward(completion, example):
-    """Return the reward of a completion, a text; example is its row of the data.
+    """Return 1.0 if the final answer of a completion, a text, is example["answer"], else 0.0.
 
-    1.0 if the text, or the last number in it, is the example's answer, else 0.0.
+    The final answer is the content of the last \\boxed{}, else what follows the last ####. The rest
+    is ignored. Numbers are compared by value. For a number the last one of the completion counts.
     """
-    answer, completion = example["answer"].strip(), completion.strip()
-    numbers = re.findall(r"-?[0-9]+(?:[.][0-9]+)?", completion.replace(",", ""))
-    return float(completion == answer or numbers[-1:] == [answer.replace(",", "")])
+    gold, answer = final_answer(str(example["answer"])), final_answer(completion)
+    value = parse_number(gold)
+    if value is None:
+        return float(answer == gold)
+    numbers = NUMBER.findall(answer)
+    return float(bool(numbers) and parse_number(numbers[-1]) == value)
+
+
+def exact_match(completion, example):
+    """Return 1.0 if the completion is the answer, else 0.0: the reward of the tiny GPT."""
+    return float(completion == example["answer"])
 
 
 def target_logprobs(hidden, targets, weight, temperature):
@@ -292,7 +311,7 @@ def choose_token(logprob, temperature, generator):
 
 def generate(sampler, tokenizer, examples, num_generations, temperature, generator, args):
     """Sample G completions of each example's prompt, about --sampling-batch-size at a time."""
-    prompts = [tokenizer.encode(example["prompt"]) for example in examples]
+    prompts = [tokenizer.encode_prompt(example["prompt"]) for example in examples]
     size = max(args.sampling_batch_size // num_generations, 1)
     completions = []
     for start in range(0, len(prompts), size):
@@ -394,10 +413,16 @@ def update(model, reference, optimizer, batch, args):
     return {"loss": all_reduce(loss_sum), "grad_norm": full_tensor(grad_norm)} | metrics
 
 
-def train(args, reward=default_reward):
-    """Train a model. Return it and the score: its mean reward on held-out prompts, greedy."""
+def train(args, reward=None):
+    """Train a model. Return it and the score: its mean reward on held-out prompts, greedy.
+
+    reward: a function of a completion (text) and its example (dict); default: default_reward.
+    """
     device = setup(args)
+    reward = reward or (default_reward if args.model else exact_match)
     config, weights, tokenizer = load_model(args) if args.model else pretrain(args, device)
+    args, sample_example, heldout = load_examples(
+        args, tokenizer, config["max_position_embeddings"], reward)
     model = make_model(config, weights, device, args)
     reference = None
     if args.beta:  # with LoRA it shares the frozen weights of the model
@@ -407,12 +432,15 @@ def train(args, reward=default_reward):
     sampler = make_sampler(model, device, args)
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, args.learning_rate, weight_decay=0.0, fused=True)
-    sample_example, heldout = load_examples(args, tokenizer, config["max_position_embeddings"])
     with Logger(args, model, optimizer, weights) as log:
         update_sampler(sampler, model)
-        log.before = log.before or evaluate_for_summary(sampler, tokenizer, heldout, reward, args)
+        if log.before is None:  # else --resume has restored it
+            log.before = evaluate_for_summary(sampler, tokenizer, heldout, reward, args)
+        print_summary("before", log.before, heldout)
         while not log.stopped() and log.step < args.max_steps:
             start = time.perf_counter()
+            warmup = min((log.step + 1) / max(args.warmup_ratio * args.max_steps, 1), 1)
+            optimizer.param_groups[0]["lr"] = args.learning_rate * warmup
             rng = random.Random(f"{args.seed} {log.step}")  # the same in all processes
             examples = [sample_example(rng) for _ in range(args.batch_size)]
             generator = torch.Generator(device).manual_seed(rng.randrange(2**31) + get_rank())
@@ -421,16 +449,17 @@ def train(args, reward=default_reward):
             middle = time.perf_counter()
             metrics |= update(model, reference, optimizer, batch, args)
             update_sampler(sampler, model)
-            metrics["sample_seconds"] = middle - start
-            metrics["update_seconds"] = time.perf_counter() - middle
+            num_tokens = metrics["length"] * args.batch_size * args.num_generations
+            metrics["sample_tokens_per_second"] = num_tokens / (middle - start)
+            metrics["update_tokens_per_second"] = num_tokens / (time.perf_counter() - middle)
             if (log.step + 1) % args.eval_every == 0 or log.step + 1 == args.max_steps:
-                log.score, _ = evaluate(sampler, tokenizer, heldout, 0.0, reward, args)
+                log.score, transcripts = evaluate(sampler, tokenizer, heldout, 0.0, reward, args)
+                log.write_transcripts(transcripts)
             log.write(**metrics)
     after = evaluate_for_summary(sampler, tokenizer, heldout, reward, args)
     if args.model:
         save_model(log.dir / "model", model, tokenizer)
-    if get_rank() == 0:
-        print_summary(log.before, after, heldout)
+    print_summary("after", after, heldout)
     if dist.is_initialized():
         dist.barrier()  # no process may leave before the others are done
         dist.destroy_process_group()
@@ -784,9 +813,11 @@ def default_args(model="", preset="default", lora_rank=0, **overrides):
         raise SystemExit(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
     values = {"model": model, "preset": preset, "lora_rank": lora_rank} | PRESETS[preset]
     if model:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        is_cuda = torch.device(overrides.get("device", Args.device)).type == "cuda"
+        bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         values |= {"batch_size": 32, "max_completion_length": 256, "micro_batch_size": 8,
-                   "learning_rate": 1e-4 if lora_rank else 2e-6, "bf16": bf16}
+                   "learning_rate": 1e-4 if lora_rank else 2e-6, "bf16": bf16,
+                   "warmup_ratio": 0.1, "eval_every": 0, "eval_prompts": 0}
     return Args(**values | overrides)
 
 
@@ -795,7 +826,8 @@ def parse_args():
     # A first pass finds these flags; --help is left to the second pass.
     first = tyro.cli(Args, args=[arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
     if not first.resume:
-        return tyro.cli(Args, default=default_args(first.model, first.preset, first.lora_rank))
+        return tyro.cli(Args, default=default_args(
+            first.model, first.preset, first.lora_rank, device=first.device))
     try:
         saved = Args(**load_checkpoint(first.resume)["args"])
     except Exception as error:  # a missing or damaged file, or another script's
@@ -823,6 +855,10 @@ def setup(args):
         raise SystemExit("--model and --data: give both, or neither for the tiny GPT")
     if args.data and not Path(args.data).is_file():
         raise SystemExit(f"--data {args.data}: no such file")
+    try:
+        json.loads(args.chat_template_kwargs).items()
+    except (ValueError, AttributeError) as error:
+        raise SystemExit("--chat-template-kwargs: expected a JSON object") from error
     if args.num_generations < 2 or args.temperature <= 0:
         raise SystemExit("--num-generations must be at least 2, --temperature above 0")
     torch.manual_seed(args.seed)  # the same weights in all processes
@@ -864,22 +900,32 @@ def load_model(args):
 
     folder = Path(args.model)
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            patterns = ["*.json", "*.jinja", "*.safetensors"]
-            folder = Path(snapshot_download(args.model, allow_patterns=patterns))
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"--model {args.model}: no such folder, and no download from the "
-                             f"hub: {' '.join(str(error).split()):.300}") from error
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).exists():
-            raise SystemExit(f"--model {args.model}: {name} is missing")
+        folder = download(args.model)
+    for pattern in ("config.json", "tokenizer.json", "*.safetensors"):
+        if not list(folder.glob(pattern)):
+            raise SystemExit(f"--model {args.model}: {pattern} is missing; save the model and the "
+                             "tokenizer with save_pretrained of transformers to get all files")
     config = read_config(json.loads((folder / "config.json").read_text("utf-8")), args.model)
     weights = {}
     for path in sorted(folder.glob("*.safetensors")):
         weights |= load_file(path)  # memory-mapped: read when used
-    return config, weights, Tokenizer(folder)
+    return config, weights, Tokenizer(folder, json.loads(args.chat_template_kwargs))
+
+
+def download(model):
+    """Download a model from the Hugging Face hub; return its folder."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:  # an id is owner/name
+        raise SystemExit(f"--model {model}: no such folder")
+    try:
+        config = Path(hf_hub_download(model, "config.json"))
+        read_config(json.loads(config.read_text("utf-8")), model)  # exits if it is not supported
+        patterns = ["*.json", "*.jinja", "*.safetensors"]
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--model {model}: no such folder, and no download from the hub: "
+                         f"{' '.join(str(error).split()):.300}") from error
 
 
 class Characters:
@@ -887,11 +933,16 @@ class Characters:
 
     symbols, stop_ids = ["<end>", *"0123456789+="], [0]
 
-    def encode(self, prompt):
-        return [self.symbols.index(character) for character in prompt]
+    def encode(self, text):
+        return [self.symbols.index(character) for character in text]
+
+    encode_prompt = encode
 
     def decode(self, tokens):
         return "".join(self.symbols[token] for token in tokens if token != 0)
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class Tokenizer:
@@ -900,8 +951,7 @@ class Tokenizer:
     files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
              "generation_config.json", "chat_template.jinja")
 
-    def __init__(self, folder):
-        import jinja2.sandbox  # the template is code that may not be trusted
+    def __init__(self, folder, template_kwargs):
         import tokenizers
 
         self.folder = folder
@@ -909,10 +959,10 @@ class Tokenizer:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         settings = self.read_json("tokenizer_config.json")
-        self.special_tokens = {name: value["content"] if isinstance(value, dict) else value
-                               for name, value in settings.items()
-                               if name.endswith("_token") and value}
-        ids = [self.tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))]
+        special_tokens = {name: value["content"] if isinstance(value, dict) else value
+                          for name, value in settings.items() if name.endswith("_token") and value}
+        self.template_values = special_tokens | template_kwargs
+        ids = [self.tokenizer.token_to_id(special_tokens.get("eos_token", ""))]
         for file in ("config.json", "generation_config.json"):
             found = self.read_json(file).get("eos_token_id")
             ids += found if isinstance(found, list) else [found]
@@ -924,36 +974,88 @@ class Tokenizer:
             template = (folder / "chat_template.jinja").read_text("utf-8")
         if isinstance(template, list):  # several, by name
             template = {each["name"]: each["template"] for each in template}.get("default")
-        jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
-        self.template = jinja.from_string(template) if template else None
-        self.template_error = jinja2.TemplateError
+        self.template_source = template or ""
 
     def read_json(self, name):
         """Return the content of a file of the folder, {} if it is missing."""
         path = self.folder / name
         return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
-    def encode(self, prompt):
-        """Return the token ids of a text, or of chat messages through the chat template."""
-        if not isinstance(prompt, str):
-            if self.template is None or not prompt:
-                raise ValueError("no messages, or the model has no chat template")
-            try:
-                prompt = self.template.render(messages=prompt, add_generation_prompt=True,
-                                              **self.special_tokens)
-            except self.template_error as error:
-                raise ValueError(f"chat template: {error}") from error
-        return self.tokenizer.encode(prompt, add_special_tokens=False).ids
+    @functools.cached_property
+    def template(self):
+        """The compiled chat template. The token with which it ends a turn becomes a stop token."""
+        import jinja2.sandbox  # the template is code that may not be trusted
 
-    def decode(self, tokens):
-        return self.tokenizer.decode(tokens)
+        jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
+        # transformers' own tags around what an assistant says: not needed here
+        source = re.sub(r"({%-?\s*)generation(\s*-?%})", r"\1if true\2", self.template_source)
+        source = re.sub(r"({%-?\s*)endgeneration(\s*-?%})", r"\1endif\2", source)
+        template = jinja.from_string(source)
+        turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        text = template.render(messages=turn, **self.template_values)
+        end = self.encode(text.rpartition("answer")[2])[:1]
+        if end and self.tokenizer.get_added_tokens_decoder().get(end[0]):
+            self.stop_ids = list(dict.fromkeys(end + self.stop_ids))
+        return template
+
+    def render(self, messages, is_complete=False):
+        """Return the text of chat messages, up to where an assistant's answer begins.
+
+        An assistant's last message is continued, or ended if is_complete.
+        """
+        import jinja2
+
+        if not self.template_source:
+            raise ValueError("there are chat messages, but the model has no chat template")
+        check_messages(messages)
+        is_continued = messages[-1]["role"] == "assistant"
+        try:
+            text = self.template.render(
+                messages=messages, add_generation_prompt=not is_continued, tools=None,
+                documents=None, **self.template_values)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"chat template: {error}") from error
+        if is_continued and not is_complete:
+            content = messages[-1]["content"].strip()
+            text = text[:text.rindex(content) + len(content)]
+        return text
+
+    def encode_prompt(self, prompt):
+        """Return the token ids of a text, or of chat messages through the chat template."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt).ids  # with the special tokens of the model
+        return self.encode(self.render(prompt))
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens, skip_special_tokens=True):
+        return self.tokenizer.decode(tokens, skip_special_tokens)
 
     def save(self, folder):
         for name in self.files:
             if (self.folder / name).exists():
                 shutil.copy(self.folder / name, folder)
+
+
+def check_messages(messages):
+    """Raise ValueError unless this is a list of chat messages with texts."""
+    valid = isinstance(messages, list) and messages and all(
+        isinstance(message, dict) and isinstance(message.get("content"), str)
+        and message.get("role") in ROLES for message in messages)
+    if not valid:
+        raise ValueError("expected a text, or chat messages with `content`, a text, and `role`: "
+                         + ", ".join(ROLES))
+
+
+def print_example(tokenizer, prompt, answer):
+    """Print an example as the model sees it, from token ids; the answer is what is trained."""
+    if tokenizer.template_source and "template" not in vars(tokenizer):  # which is made when used
+        print("All prompts are texts: the chat template of the model is not used.")
+    prompt, answer = (tokenizer.decode(ids, False) for ids in (prompt, answer))
+    print(f"An example as the model sees it, the trained part in >>> <<<:\n{prompt}>>>{answer}<<<")
 
 
 def raise_exception(message):
@@ -982,49 +1084,136 @@ def split_hash(prompt):
     return random.Random(json.dumps(prompt)).random()
 
 
-def load_examples(args, tokenizer, context_length):
-    """Return a function that draws an example, and a list of held-out examples.
+def load_examples(args, tokenizer, context_length, reward):
+    """Return args with planned evaluations, a function that draws an example, held-out examples.
 
-    An example is a dict with "prompt" and "answer". No prompt is in both parts.
+    An example is a row of --data. No prompt is in both parts.
     """
-    room = context_length - args.max_completion_length
+    room = min(args.max_length, context_length) - args.max_completion_length
     if room < 1:
-        raise SystemExit(f"--max-completion-length {args.max_completion_length}: the model has "
-                         f"only {context_length} positions, for prompt and completion")
+        raise SystemExit(f"--max-completion-length {args.max_completion_length}: no room for a "
+                         f"prompt, as --max-length is {args.max_length} and the model has "
+                         f"{context_length} positions")
     if not args.data:
         rng = random.Random("held out")
-        return addition, [addition(rng, held_out=True) for _ in range(args.eval_prompts)]
-    rows = sorted(read_rows(args, tokenizer, room), key=lambda row: split_hash(row["prompt"]))
-    last = rows[max(min(args.eval_prompts, len(rows) // 10), 1) - 1]  # equal prompts stay together
+        return args, addition, [addition(rng, held_out=True) for _ in range(args.eval_prompts)]
+
+    def parse(row):
+        if reward is default_reward:
+            check_answer(row.get("answer"), tokenizer, args.max_completion_length)
+        length = len(tokenizer.encode_prompt(row.get("prompt")))
+        if length == 0:
+            raise ValueError("the prompt is empty")
+        return row if length <= room else None
+
+    rows = read_rows(args.data, parse, args.skip_bad_rows)
+    rows.sort(key=lambda row: split_hash(row["prompt"]))
+    args = plan_evaluations(args, len(rows))
+    last = rows[args.eval_prompts - 1]  # equal prompts stay together
     heldout = [row for row in rows if split_hash(row["prompt"]) <= split_hash(last["prompt"])]
     train_rows = rows[len(heldout):]
     if not train_rows:
         raise SystemExit(f"--data {args.data}: needs two different prompts, as one is held out")
-    return lambda rng: rng.choice(train_rows), heldout
+    if get_rank() == 0:
+        print(f"{len(train_rows)} prompts to learn from, {len(heldout)} held out; {args.max_steps} "
+              f"batches of {args.batch_size} prompts, an evaluation every {args.eval_every}")
+        print_example(tokenizer, tokenizer.encode_prompt(train_rows[0]["prompt"]), [])
+    return args, lambda rng: rng.choice(train_rows), heldout
 
 
-def read_rows(args, tokenizer, room):
-    """Return the rows of --data; exit at a bad row. room: tokens that a prompt may have."""
-    rows = []
-    for number, line in enumerate(Path(args.data).read_text("utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
+def check_answer(answer, tokenizer, max_length):
+    """Raise ValueError unless default_reward can find it in a completion of max_length tokens."""
+    if not isinstance(answer, (str, int, float)):
+        raise ValueError("`answer` must be a text or a number; another reward may do without it")
+    length = len(tokenizer.encode(final_answer(str(answer))))
+    if not 0 < length <= max_length:
+        raise ValueError(f"`answer` has {length} tokens; 1 to {max_length} are possible")
+
+
+def plan_evaluations(args, num_rows):
+    """Fill in --eval-prompts and --eval-every where they are 0: about 10 % of the run's time.
+
+    Training on a completion takes about 2.5 times as long as generating it. The summary evaluates
+    twice before and twice after training.
+    """
+    budget = 0.1 * 2.5 * args.max_steps * args.batch_size * args.num_generations  # in completions
+    num_prompts = args.eval_prompts or int(min(256, budget / 8))
+    num_prompts = max(min(num_prompts, num_rows // 10), 1)
+    num_evaluations = max(min(budget / num_prompts - 4, 20), 1)
+    every = args.eval_every or math.ceil(args.max_steps / num_evaluations)
+    return replace(args, eval_prompts=num_prompts, eval_every=every)
+
+
+def read_rows(path, parse, skip_bad_rows):
+    """Return parse(row) of all rows (dicts) of a file.
+
+    parse raises ValueError for a bad row, which ends the run, or is counted if skip_bad_rows.
+    It returns None for a row that is too long.
+    """
+    rows, bad = [], Counter()
+    for number, row in read_json(Path(path)):
+        place = "line" if isinstance(row, str) else "item"
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not {"prompt", "answer"} <= row.keys():
-                raise ValueError("needs `prompt` and `answer`")
-            if not isinstance(row["answer"], (str, int, float)) or row["answer"] == "":
-                raise ValueError("`answer` must be a text or a number")
-            row["answer"] = str(row["answer"])
-            length = len(tokenizer.encode(row["prompt"]))
-            if not 0 < length <= room:
-                raise ValueError(f"the prompt has {length} tokens; 1 to {room} are possible")
-            rows.append(row)
+            row = json.loads(row) if place == "line" else row
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+            rows.append(parse(row))
         except ValueError as error:
-            raise SystemExit(f"--data {args.data}, line {number}: {error}") from error
-    if not rows:
-        raise SystemExit(f"--data {args.data}: no rows")
-    return rows
+            is_json = not isinstance(error, json.JSONDecodeError)
+            reason = str(error) if is_json else "not JSON; expected JSON lines or a JSON array"
+            if not skip_bad_rows:
+                raise SystemExit(f"--data {path}, {place} {number}: {reason}") from error
+            bad[reason] += 1
+    used = [row for row in rows if row is not None]
+    if get_rank() == 0:
+        print(f"--data {path}: {len(rows) + bad.total()} rows, of which "
+              f"{len(rows) - len(used)} are too long and {bad.total()} bad")
+        for reason, count in bad.most_common(10):
+            print(f"  {count} skipped: {reason}")
+    if not used:
+        raise SystemExit(f"--data {path}: no rows that can be used")
+    return used
+
+
+def read_json(path):
+    """Yield (number, line) for JSON lines, (number, item) for a JSON array; .gz is unpacked."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            is_array = file.read(100).lstrip().startswith("[")
+            file.seek(0)
+            rows = enumerate(json.load(file) if is_array else file, 1)
+            yield from (row for row in rows if is_array or row[1].strip())
+    except (OSError, EOFError, ValueError) as error:
+        raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
+
+
+BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+NUMBER = re.compile(r"(?:(?<![\w)])-)?"  # a minus, but not that of 10-5
+                    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:[.][0-9]+)?"  # 1,000.50
+                    r"|[0-9]*[.][0-9]+|[0-9]+)(?:/[0-9]+)?")  # .5, 18, 5/2
+
+
+def final_answer(text):
+    """Return the content of the last \\boxed{}, else what follows the last ####, else the text."""
+    text = re.sub(r"\\?[$%]", "", text).replace("\u2212", "-")  # $ and % do not count; minus sign
+    boxed = BOXED.match(text, max(text.rfind("\\boxed{"), 0))
+    if boxed:
+        return boxed[1].strip()
+    if "####" in text:  # the rest of the line
+        text = text.rpartition("####")[2].strip().partition("\n")[0]
+    return text.strip()
+
+
+def parse_number(text):
+    """Return the value of a number, such as -1,000.50 or 5/2, as a Fraction; None if it is none."""
+    if len(text) > 30 or not NUMBER.fullmatch(text):
+        return None
+    numerator, _, denominator = text.replace(",", "").partition("/")
+    try:
+        return Fraction(numerator) / Fraction(denominator or 1)
+    except ZeroDivisionError:
+        return None
 
 
 def tiny_config(vocab_size):
@@ -1068,29 +1257,35 @@ def pretrain(args, device):
 
 
 def evaluate(sampler, tokenizer, examples, temperature, reward, args):
-    """Return the mean reward on all examples, and the completions of this process's share."""
+    """Return the mean reward on all examples, and some of this process's completions (dicts)."""
     examples = local_rows(examples)
     rng = torch.Generator(args.device).manual_seed(args.seed)
     completions = generate(sampler, tokenizer, examples, 1, temperature, rng, args)
     texts = [tokenizer.decode(completion.tokens) for completion in completions]
     rewards = [float(reward(text, example)) for text, example in zip(texts, examples)]
-    return all_gather(torch.tensor(rewards)).mean().item(), texts
+    transcripts = [{"prompt": example["prompt"], "completion": text, "reward": value}
+                   for example, text, value in zip(examples, texts, rewards)]
+    return all_gather(torch.tensor(rewards)).mean().item(), transcripts[:3]
 
 
 def evaluate_for_summary(sampler, tokenizer, examples, reward, args):
     """Return what print_summary compares: greedy and sampled reward, and some completions."""
     sampled, _ = evaluate(sampler, tokenizer, examples, 1.0, reward, args)
-    greedy, texts = evaluate(sampler, tokenizer, examples, 0.0, reward, args)
-    return {"greedy": greedy, "sampled": sampled, "texts": texts[:3]}
+    greedy, transcripts = evaluate(sampler, tokenizer, examples, 0.0, reward, args)
+    return {"greedy": greedy, "sampled": sampled, "transcripts": transcripts}
 
 
-def print_summary(before, after, heldout):
-    """Print what training has changed."""
-    for name, result in (("before", before), ("after", after)):
-        print(f"{name}: mean reward on {len(heldout)} held-out prompts: greedy "
-              f"{result['greedy']:.3f}, sampled {result['sampled']:.3f}")
-    for example, old, new in zip(local_rows(heldout), before["texts"], after["texts"]):
-        print(f"  {example['prompt']!r}: before {old!r}, after {new!r}")
+def print_summary(name, result, heldout):
+    """Print the rewards before or after training, and some greedy completions."""
+    if get_rank() > 0:
+        return
+    print(f"{name}: mean reward on {len(heldout)} held-out prompts: greedy "
+          f"{result['greedy']:.3f}, sampled {result['sampled']:.3f}")
+    for transcript in result["transcripts"]:
+        print(f"  {transcript['prompt']!r}: {transcript['completion']!r:.300}")
+    if result["greedy"] == result["sampled"] == 0:
+        print("Warning: all rewards are 0. GRPO learns only from prompts whose completions differ "
+              "in reward.")
 
 
 def load_checkpoint(folder):
@@ -1102,7 +1297,8 @@ PROGRESS = ("step", "seconds", "csv_size", "score", "before")  # of Logger, in a
 
 
 class Logger:
-    """Writes the run's folder (args.json, metrics.csv, checkpoint.pt), progress bar and wandb.
+    """Writes the run's folder (args.json, metrics.csv, transcripts.jsonl, checkpoint.pt), the
+    progress bar and wandb.
 
     before: the evaluation before training. weights: what the model was made from.
     """
@@ -1132,6 +1328,7 @@ class Logger:
         # Drop rows that are newer than the checkpoint.
         self.csv.truncate(min(self.csv_size, self.csv.tell()))
         self.csv.seek(0, os.SEEK_END)
+        self.transcripts = (self.dir / "transcripts.jsonl").open("a", buffering=1)
         if args.track:
             import wandb
 
@@ -1172,6 +1369,13 @@ class Logger:
         waited = time.perf_counter() - self.saved_at
         if self.any_process(get_rank() == 0 and waited >= self.args.checkpoint_seconds):
             self.save()
+
+    def write_transcripts(self, transcripts):
+        """Add some completions of an evaluation to transcripts.jsonl."""
+        if get_rank() == 0:
+            for transcript in transcripts:
+                row = {"step": self.step + 1} | transcript
+                print(json.dumps(row, ensure_ascii=False), file=self.transcripts)
 
     def save(self):
         """Write checkpoint.pt: what is trained, and the tiny GPT's weights before GRPO.

@@ -115,7 +115,7 @@ PRESETS = {  # what differs from Args, by the actions and observations of the en
     "discrete": {},
     "continuous": {"total_timesteps": 1_000_000, "learning_rate": 3e-4, "num_envs": 8,
                    "num_steps": 256, "gae_lambda": 0.9, "num_minibatches": 32,
-                   "update_epochs": 10, "ent_coef": 0.0, "log_std": -0.5},
+                   "update_epochs": 10, "ent_coef": 0.0, "log_std": -0.7},
     "image": {"total_timesteps": 10_000_000, "learning_rate": 2.5e-4, "num_envs": 8,
               "num_steps": 128, "num_minibatches": 4, "update_epochs": 4, "clip_coef": 0.1,
               "norm_reward": False, "device": "cuda" if torch.cuda.is_available() else "cpu"},

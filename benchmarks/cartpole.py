@@ -231,6 +231,29 @@ def record(name, parts, source):
     path.write_text(json.dumps(old | dict.fromkeys(parts, source), indent=2) + "\n")
 
 
+def note(name, part):
+    """What a .json here says about a part that was not measured as usual; "" if nothing."""
+    return json.loads((HERE / name).read_text()).get(part, {}).get("note", "")
+
+
+def sources(name, *parts):
+    """Markdown: a line for each origin of these parts of a .json here, by default of all parts."""
+    origins = {}
+    for part, source in json.loads((HERE / name).read_text()).items():
+        if not parts or part in parts:
+            versions, machine = source["versions"], source["machine"]
+            changed = ", ".join(source.get("uncommitted", []))
+            text = (f"`{source['command']}`, commit `{source['commit'][:7]}`"
+                    f"{' with changes in ' + changed if changed else ''}, {source['date'][:10]}, "
+                    f"{machine['cpu']}, {machine['cores']} cores, Python {versions['python']}, "
+                    f"torch {versions['torch']}, gymnasium {versions['gymnasium']}"
+                    f"{'; ' + source['note'] if 'note' in source else ''}.")
+            origins.setdefault(text, []).append(part)
+    if len(origins) == 1:
+        return f"- {next(iter(origins))}"
+    return "\n".join(f"- {'; '.join(names)}: {text}" for text, names in origins.items())
+
+
 def benchmark(out_dir, contestants, seeds, skip_equal):
     out_dir.mkdir(parents=True, exist_ok=True)
     files = ["cartpole.csv"] if skip_equal else ["cartpole.csv", "cartpole_equal.csv"]
@@ -297,8 +320,8 @@ def solve_table(rows):
 
 def equal_table(rows):
     """Markdown: without a stop."""
-    lines = ["| table | contestant | runs | steps | training, s | steps per second | score at end "
-             "| reached 475 | at step |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| settings | contestant | runs | steps | training, s | steps per second "
+             "| score at end | reached 475 | at step |", "|---|---|---|---|---|---|---|---|---|"]
     for table in EQUAL:
         groups = grouped(row for row in rows if row["table"] == table)
         for name, group in groups.items():

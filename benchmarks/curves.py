@@ -2,7 +2,10 @@
 
     python benchmarks/curves.py            run all, write curves.csv, draw docs/img
     python benchmarks/curves.py --only pendulum    run what one picture shows
+    python benchmarks/curves.py --only cartpole --scripts ppo      run one script again
     python benchmarks/curves.py --report   draw from the files, run nothing
+
+docs/img/overview.png also shows grpo_curve.csv and dpo_frontier.csv.
 
 curves.csv    a row for each point: picture, contestant, seed, step, score; at most 100 a run.
               No run stops early; the flags are those of tasks.py and ppo.py.
@@ -28,6 +31,8 @@ import tasks
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+import dpo
+import grpo
 import ppo
 
 HERE = Path(__file__).resolve().parent
@@ -44,13 +49,16 @@ RUNS = [  # picture, task, script, flags, seeds
         ("lunar_lander", "LunarLander-v3"), ("half_cheetah", "HalfCheetah-v5"))),
 ]
 TITLES = {picture: task for picture, task, *_ in RUNS}
-PICTURES = {  # page: {picture in docs/: what it shows}
-    "reinforce": {"img/cartpole.png": "CartPole-v1, 200,000 steps: thin lines are seeds 11 to 20, "
-                  "thick ones their interquartile mean, bands the middle half"},
-    "reinforce_baseline": {"img/acrobot.png": "Acrobot-v1, 300,000 steps, seeds 11 to 15"},
-    "actor_critic": {"img/solve.png": "Seconds of a whole process until CartPole-v1 is solved, "
-                     "ten seeds; SB3 is Stable-Baselines3 with tuned settings"},
-    "ppo": {f"img/{picture}.png": f"{task}, seeds 11 to 15" for picture, task in (
+PICTURES = {  # page: {picture in docs/: (what it shows, entry of curves.json)}
+    "reinforce": {"img/cartpole.png": (
+        "CartPole-v1, 200,000 steps: a thin line for each of the seeds 11 to 20, a thick line for "
+        "their interquartile mean, a band for the middle half", "cartpole")},
+    "reinforce_baseline": {"img/acrobot.png": ("Acrobot-v1, 300,000 steps, seeds 11 to 15",
+                                               "acrobot")},
+    "actor_critic": {"img/solve.png": (
+        "Seconds of a whole process until CartPole-v1 is solved, ten seeds; SB3 is "
+        "Stable-Baselines3 with tuned settings", "")},
+    "ppo": {f"img/{picture}.png": (f"{task}, seeds 11 to 15", picture) for picture, task in (
         ("pendulum", "Pendulum-v1"), ("mountain_car", "MountainCar-v0"),
         ("lunar_lander", "LunarLander-v3"), ("half_cheetah", "HalfCheetah-v5"))},
 }
@@ -81,19 +89,47 @@ def read():
         return list(csv.DictReader(file))
 
 
+def curves_by_picture():
+    """{picture: {script: [(steps, scores), ...]}}, from curves.csv."""
+    pictures = {}
+    for row in read():
+        seeds = pictures.setdefault(row["picture"], {}).setdefault(f"{row['contestant']}.py", {})
+        seeds.setdefault(row["seed"], []).append((float(row["step"]), float(row["score"])))
+    return {picture: {name: [np.array(points).T for points in seeds.values()]
+                      for name, seeds in scripts.items()} for picture, scripts in pictures.items()}
+
+
 def draw():
     """The pictures, as far as there are rows."""
     IMAGES.mkdir(exist_ok=True)
-    curves = {}
-    for row in read():
-        seeds = curves.setdefault(row["picture"], {}).setdefault(row["contestant"], {})
-        seeds.setdefault(row["seed"], []).append((float(row["step"]), float(row["score"])))
-    for picture, contestants in curves.items():
-        groups = {f"{name}.py": [np.array(points).T for points in seeds.values()]
-                  for name, seeds in contestants.items()}
+    pictures = curves_by_picture()
+    for picture, groups in pictures.items():
         plot.draw(groups, IMAGES / f"{picture}.png", TITLES[picture], "environment steps",
                   "mean return of the last 100 episodes")
     draw_solve()
+    draw_overview(pictures)
+
+
+def draw_overview(pictures):
+    """img/overview.png: four panels, from curves.csv, grpo_curve.csv and dpo_frontier.csv."""
+    figure = Figure(figsize=(10, 7.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    (cartpole_axes, cheetah_axes), (grpo_axes, dpo_axes) = figure.subplots(2, 2)
+    for axes, picture, title in ((cartpole_axes, "cartpole", "CartPole-v1, ten seeds each"),
+                                 (cheetah_axes, "half_cheetah", "HalfCheetah-v5, five seeds")):
+        handles = plot.draw_curves(axes, pictures[picture])
+        names = [handle.get_label().split(" (")[0] for handle in handles]  # without "(10 seeds)"
+        axes.legend(handles, names, loc="lower right")
+        axes.set(title=title, xlabel="environment steps", ylabel="mean return of 100 episodes")
+    grpo.draw_curve(grpo_axes)
+    grpo_axes.set_title("grpo.py: SmolLM2-135M learns sums")
+    dpo.draw_frontier(dpo_axes)
+    dpo_axes.set_title("dpo.py: reward against distance from the reference")
+    for axes in (grpo_axes, dpo_axes):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.get_layout_engine().set(hspace=0.06, wspace=0.04)
+    figure.savefig(IMAGES / "overview.png")
 
 
 def draw_solve():
@@ -123,15 +159,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--report", action="store_true", help="only draw from the files")
     parser.add_argument("--only", nargs="+", choices=TITLES, help="pictures; keep the others' rows")
+    parser.add_argument("--scripts", nargs="+", choices=LADDER, help="keep the others' rows")
     args = parser.parse_args()
     if not args.report:
         pictures, source = args.only or list(dict.fromkeys(TITLES)), cartpole.provenance()
-        jobs = [(run, 11 + i) for run in RUNS if run[0] in pictures for i in range(run[4])]
-        kept = [row for row in read() if row["picture"] not in pictures]
+        scripts = args.scripts or LADDER
+        jobs = [(run, 11 + i) for run in RUNS if run[0] in pictures and run[2] in scripts
+                for i in range(run[4])]
+        kept = [row for row in read()
+                if row["picture"] not in pictures or row["contestant"] not in scripts]
         with ThreadPoolExecutor(2) as pool:
             rows = (row for part in pool.map(curve, jobs) for row in part)
             cartpole.write_rows(HERE / "curves.csv", COLUMNS, itertools.chain(kept, rows))
-        cartpole.record("curves.json", pictures, source)
+        parts = [f"{picture}, {', '.join(args.scripts)}" if args.scripts else picture
+                 for picture in pictures]
+        cartpole.record("curves.json", parts, source)
     draw()
 
 

@@ -37,8 +37,9 @@ SEEDS, BETAS = range(11, 16), (0.25, 0.5, 1.0, 2.0, 4.0)
 RESULTS = ["seed", "seconds", "pair_accuracy", "greedy_before", "sampled_before", "greedy_after",
            "sampled_after", "reward_before", "reward_after", "reward_best", "kl_to_ref",
            "kl_to_best_before", "kl_to_best_after"]
-PICTURES = {"img/dpo_frontier.png": "Mean reward against KL to the reference, learned and "
-            "exact (with an earlier version of dpo.py)"}
+PICTURES = {  # picture in docs/: what it shows, entry of dpo.json
+    "img/dpo_frontier.png": ("Mean reward against KL to the reference, learned and exact",
+                             "frontier")}
 SPEEDS = ["contestant", "run", "seconds_per_step", "peak_mib"]
 FRONTIER = ["policy", "beta", "seed", "kl_to_ref", "reward"]
 
@@ -177,18 +178,25 @@ def frontier_rows():
                                   row["reward_best"]]))
 
 
-def draw():
-    """docs/img/dpo_frontier.png, from dpo_frontier.csv."""
-    rows, figure = read("dpo_frontier.csv"), Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+def draw_frontier(axes):
+    """Draw dpo_frontier.csv into axes."""
+    rows = read("dpo_frontier.csv")
     for seed, color in zip(sorted({row["seed"] for row in rows}), ("#0072B2", "#D55E00")):
-        for policy, mark, label in (("best", "-", "π*, exact"), ("dpo", "o", "dpo.py")):
+        for policy, mark, label in (("best", "-", "best policy π*"), ("dpo", "o", "dpo.py")):
             points = sorted((float(row["kl_to_ref"]), float(row["reward"])) for row in rows
                             if (row["policy"], row["seed"]) == (policy, seed))
             axes.plot(*zip(*points), mark, color=color, label=f"{label}, seed {seed}")
-    axes.set(xlabel="KL(π‖π_ref)", ylabel="mean reward", title="Reward against distance")
+    axes.set(xlabel="KL(π‖π_ref)", ylabel="mean reward")
     axes.legend()
+
+
+def draw():
+    """docs/img/dpo_frontier.png, from dpo_frontier.csv."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    draw_frontier(axes)
+    axes.set_title("Reward against distance from the reference policy")
     (HERE.parent / "docs" / "img").mkdir(exist_ok=True)
     figure.savefig(HERE.parent / "docs" / "img" / "dpo_frontier.png", dpi=120)
 
@@ -203,8 +211,9 @@ def read(name):
 
 def default_table():
     """Markdown, from dpo.csv."""
-    lines = ["| seed | seconds | greedy before | after | sampled before | after | E[r] of π* "
-             "| KL(π‖π*) before | after |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| seed | seconds | greedy before | greedy after | sampled before | sampled after "
+             "| E[r] of π* | KL(π‖π*) before | KL(π‖π*) after |",
+             "|---|---|---|---|---|---|---|---|---|"]
     for row in read("dpo.csv"):
         lines.append("| {seed} | {seconds} | {greedy_before} | {greedy_after} | {sampled_before} | "
                      "{sampled_after} | {reward_best} | {kl_to_best_before} | {kl_to_best_after} |"
@@ -219,8 +228,8 @@ def speed_table():
         mine = [row for row in rows if row["contestant"] == name]
         medians[name] = [statistics.median(float(row[column]) for row in mine)
                          for column in SPEEDS[2:]]
-    lines = ["| contestant | pairs per second | TRL's time over it, same precision | peak MiB "
-             "| of TRL's |", "|---|---|---|---|---|"]
+    lines = ["| contestant | pairs per second | speed relative to TRL, same precision "
+             "| peak memory, MiB | memory relative to TRL |", "|---|---|---|---|---|"]
     for name, (seconds, peak) in medians.items():
         peer = medians["trl " + name.split()[1]]
         lines.append(f"| {name} | {16 / seconds:.2f} | {peer[0] / seconds:.1f} | {peak:,.0f} "

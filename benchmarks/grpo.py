@@ -38,8 +38,8 @@ SEEDS = range(11, 16)
 PROMPTS = [[{"role": "user", "content": f"What is {a} + {b}? Answer with the number alone."}]
            for a, b in ((12, 7), (45, 38))]
 RESULTS = ["seed", "seconds", "greedy_before", "sampled_before", "greedy_after", "sampled_after"]
-PICTURES = {"img/grpo_curve.png": "Held-out accuracy of SmolLM2-135M on sums, by batches "
-            "(with an earlier version of grpo.py)"}
+PICTURES = {  # picture in docs/: what it shows, entry of grpo.json
+    "img/grpo_curve.png": ("Held-out accuracy of SmolLM2-135M on sums, by batches", "curve")}
 SPEEDS = ["contestant", "run", "seconds_per_step", "peak_mib"]
 CURVE = "--batch-size 8 --num-generations 8 --max-completion-length 16 --eval-every 10 " \
         "--eval-prompts 128 --learning-rate 5e-6 --max-steps 400"
@@ -169,22 +169,27 @@ def curve(model, minutes):
         shutil.copy(f"{folder}/run/metrics.csv", HERE / "grpo_curve.csv")
 
 
-def draw():
-    """docs/img/grpo_curve.png, from grpo_curve.csv."""
+def draw_curve(axes):
+    """Draw grpo_curve.csv into axes."""
     rows = [{name: float(row[name]) for name in ("step", "seconds", "score", "reward")}
             for row in read("grpo_curve.csv")]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     steps = [row["step"] for row in rows]
     axes.plot(steps, [row["reward"] for row in rows], lw=0.5, label="reward of a batch, sampled")
     marks = [row for row in rows if row["score"] == row["score"] and row["step"] % 10 == 0]
     axes.plot([row["step"] for row in marks], [row["score"] for row in marks], "o-", ms=3,
               label="held-out accuracy, greedy")
     minutes = rows[-1]["seconds"] / 60
-    axes.set(xlabel=f"batches, {minutes:.0f} minutes on two cores", ylim=(0, 1),
-             title="SmolLM2-135M learns sums below 200")
+    axes.set(xlabel=f"batches, {minutes:.0f} minutes on two cores", ylim=(0, 1))
     axes.legend(loc="lower right")
+
+
+def draw():
+    """docs/img/grpo_curve.png, from grpo_curve.csv."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    draw_curve(axes)
+    axes.set_title("SmolLM2-135M learns sums below 200")
     (HERE.parent / "docs" / "img").mkdir(exist_ok=True)
     figure.savefig(HERE.parent / "docs" / "img" / "grpo_curve.png", dpi=120)
 
@@ -199,7 +204,7 @@ def read(name):
 
 def default_table():
     """Markdown, from grpo.csv."""
-    lines = ["| seed | seconds | greedy before | after | sampled before | after |",
+    lines = ["| seed | seconds | greedy before | greedy after | sampled before | sampled after |",
              "|---|---|---|---|---|---|"]
     for row in read("grpo.csv"):
         lines.append("| {seed} | {seconds} | {greedy_before} | {greedy_after} | {sampled_before} "
@@ -215,8 +220,8 @@ def speed_table():
         medians[name] = [statistics.median(float(row[column]) for row in mine)
                          for column in SPEEDS[2:]]
     peer = medians["trl float32"]
-    lines = ["| contestant | seconds a step | TRL's float32 time over it | peak MiB "
-             "| of TRL's float32 |", "|---|---|---|---|---|"]
+    lines = ["| contestant | seconds per step | speed relative to TRL float32 | peak memory, MiB "
+             "| memory relative to TRL float32 |", "|---|---|---|---|---|"]
     lines += [f"| {name} | {seconds:.2f} | {peer[0] / seconds:.1f} | {peak:,.0f} "
               f"| {peak / peer[1]:.2f} |" for name, (seconds, peak) in medians.items()]
     return "\n".join(lines)

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
-IRRELEVANT = {"seed", "run_dir", "resume", "checkpoint_every", "eval_episodes", "track",
+IRRELEVANT = {"seed", "run_dir", "resume", "checkpoint_seconds", "eval_episodes", "track",
               "wandb_project"}  # flags that leave the curve's distribution as it is
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
 # Okabe and Ito's, that the colour-blind can tell apart: https://jfly.uni-koeln.de/color/
@@ -62,11 +62,11 @@ def common_grid(curves, num_points=400):
     return grid, np.stack([np.interp(grid, x, y) for x, y in curves])
 
 
-def draw(groups, out, title="", x_label="step", y_label="score"):
-    """Write a picture, 1000 by 600; groups: {name: [(x, y), ...]}, one pair of arrays per seed."""
-    figure = Figure(figsize=(8, 4.8), dpi=125, layout="constrained")
-    FigureCanvasAgg(figure)  # a picture without a window, and without pyplot's global state
-    axes = figure.subplots()
+def draw_curves(axes, groups):
+    """Draw groups into axes and return the handles of a legend.
+
+    groups: {name: [(x, y), ...]}, one pair of arrays per seed.
+    """
     handles = []
     for index, (name, curves) in enumerate(groups.items()):
         colour, several = COLOURS[index % len(COLOURS)], len(curves) > 1
@@ -81,12 +81,21 @@ def draw(groups, out, title="", x_label="step", y_label="score"):
             axes.plot(grid, iqm(scores), style, color=colour, linewidth=2.4)
         label = f"{name} ({len(curves)} seeds)" if several else name
         handles.append(Line2D([], [], color=colour, linestyle=style, linewidth=2.4, label=label))
-    axes.set(title=title, xlabel=x_label, ylabel=y_label)
     if axes.get_xlim()[1] > 1000:  # 20k for 20000, but no 500m for half a second
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.01)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+    return handles
+
+
+def draw(groups, out, title="", x_label="step", y_label="score"):
+    """Write a picture of groups (see draw_curves), 1000 by 600."""
+    figure = Figure(figsize=(8, 4.8), dpi=125, layout="constrained")
+    FigureCanvasAgg(figure)  # a picture without a window, and without pyplot's global state
+    axes = figure.subplots()
+    handles = draw_curves(axes, groups)
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
     columns = max(1, min(len(handles), 80 // max(len(h.get_label()) + 6 for h in handles)))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(out)
@@ -129,8 +138,8 @@ def read_run(folder, x_column, column):
 
 
 def task(args):
-    """What a run was trained on: the environment, or for a language model the task or model."""
-    return str(args.get("env_id") or args.get("task") or args.get("model") or "")
+    """What a run was trained on: an environment, a language model, or the sums of the tiny GPT."""
+    return str(args.get("env_id") or args.get("model") or "sums")
 
 
 def group_runs(runs):

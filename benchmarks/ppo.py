@@ -152,8 +152,8 @@ def interval(scores, level=0.95, draws=10_000):
 def score_table():
     """Markdown, from ppo.csv: a line for each task."""
     rows, lines = read("ppo.csv"), [
-        "| command | seeds | interquartile mean (95 % interval) | lowest to highest | goal "
-        "| median s |", "|---|---|---|---|---|---|"]
+        "| command | seeds | interquartile mean (95% interval) | lowest to highest | goal "
+        "| seconds (median) |", "|---|---|---|---|---|---|"]
     for task, flags, goal, _ in TASKS:
         mine = [row for row in rows if (row["task"], row["flags"]) == (task, flags)]
         if mine:
@@ -169,15 +169,16 @@ def score_table():
 
 def speed_table():
     """Markdown, from ppo_speed.csv: medians, and ratios to the peer's."""
-    lines = ["| task | settings | ppo.py, steps/s | Stable-Baselines3 | ratio "
-             "| environment alone |", "|---|---|---|---|---|---|"]
+    lines = ["| task | settings of | ppo.py, steps/s | Stable-Baselines3, steps/s | ratio "
+             "| environment alone, steps/s |", "|---|---|---|---|---|---|"]
     rows = read("ppo_speed.csv")
     for task, settings, *_ in EQUAL:
         speeds = [statistics.median(float(row["steps_per_second"]) for row in rows if
                                     (row["task"], row["settings"], row["contestant"])
                                     == (task, settings, name))
                   for name in ("ppo", "sb3-ppo", "environment alone")]
-        lines.append(f"| {task} | {settings} | {speeds[0]:,.0f} | {speeds[1]:,.0f} | "
+        owner = {"ours": "ppo.py", "theirs": "Stable-Baselines3"}[settings]
+        lines.append(f"| {task} | {owner} | {speeds[0]:,.0f} | {speeds[1]:,.0f} | "
                      f"{speeds[0] / speeds[1]:.1f} | {speeds[2]:,.0f} |")
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
-"""Put the measured tables into README.md, and what to expect of a run into the docstrings.
+"""Write the measured tables into README.md and docs/, and expected results into the docstrings.
 
     python benchmarks/readme.py            rewrite the tables between their markers, and the lines
                                            after "Results, ten seeds" in the scripts
-    python benchmarks/readme.py --check    exit code 1 where something else stands there
+    python benchmarks/readme.py --check    exit code 1 if a file is out of date
 """
 
 import ast
@@ -22,28 +22,27 @@ import grpo
 import ppo
 
 ROOT = Path(__file__).resolve().parent.parent
-LADDER = {
-    "reinforce": ("REINFORCE ([Williams 1992](https://doi.org/10.1007/BF00992696))", "—"),
-    "reinforce_baseline": ("REINFORCE with baseline ([Sutton & Barto, 13.4]"
-                           "(http://incompleteideas.net/book/the-book-2nd.html))",
+BENCHMARKS = ROOT / "benchmarks"
+BOOK = "http://incompleteideas.net/book/the-book-2nd.html"
+SCRIPTS = {  # name: (method with its source, what is new in the file)
+    "reinforce": ("REINFORCE ([Williams 1992](https://doi.org/10.1007/BF00992696))",
+                  "the policy gradient, estimated from whole episodes"),
+    "reinforce_baseline": (f"REINFORCE with baseline ([Sutton & Barto, 13.4]({BOOK}))",
                            "a learned value, subtracted from each return"),
-    "actor_critic": ("Actor-critic with eligibility traces, episodic and continuing ([Sutton & "
-                     "Barto, 13.5, 13.6](http://incompleteideas.net/book/the-book-2nd.html))",
+    "actor_critic": (f"Actor-critic with eligibility traces ([Sutton & Barto, 13.5, 13.6]({BOOK}))",
                      "an update after every step, from the value of the next state"),
     "ppo": ("PPO with GAE ([Schulman et al. 2017](https://arxiv.org/abs/1707.06347))",
-            "batches, used several times under a clipped objective; nearly every kind of space"),
+            "several updates with each batch, under a clipped objective"),
+    "grpo": ("GRPO and variants ([Shao et al. 2024](https://arxiv.org/abs/2402.03300))",
+             "language models: the mean reward of a group of answers is the baseline"),
+    "dpo": ("DPO and variants ([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290))",
+            "pairs of answers instead of rewards: a classification loss, no sampling"),
 }
-
-LANGUAGE = {
-    "grpo": ("GRPO and its kin ([Shao et al. 2024](https://arxiv.org/abs/2402.03300))",
-             "REINFORCE with the mean of a group of answers as baseline, PPO's clip"),
-    "dpo": ("DPO and its kin ([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290))",
-            "no sampling: a classification loss whose optimum is the best policy"),
-}
+PEERS = {"grpo": "TRL's GRPOTrainer", "dpo": "TRL's DPOTrainer"}
 
 
 def code_lines(source):
-    """Numbers of the lines that hold code: no blanks, comments or docstrings."""
+    """Numbers of the lines with code: no blanks, comments or docstrings."""
     skip, prose, code = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT,
                          tokenize.DEDENT, tokenize.ENDMARKER), set(), set()
     for node in ast.walk(ast.parse(source)):
@@ -55,74 +54,173 @@ def code_lines(source):
     return code - prose
 
 
-def ladder():
-    """Markdown: a line for each script."""
-    groups = cartpole.grouped(cartpole.read_rows(ROOT / "benchmarks" / "cartpole.csv"))
-    lines = ["| file | method | new in it | code lines; to the end of `train` | CartPole-v1 solved "
-             "| median whole process |", "|---|---|---|---|---|---|"]
-    for name, (method, new) in LADDER.items():
-        rows = groups[name]
-        lines.append(
-            f"| [`{name}.py`]({name}.py) | {method} | {new} | {sizes(name)} | "
-            f"{sum(row['solved'] for row in rows):.0f} of "
-            f"{len(rows)} | {cartpole.median(rows, 'process_seconds', True):.1f} s |")
-    return "\n".join(lines)
-
-
-def language():
-    """Markdown: a line for each script."""
-    lines = ["| file | method | what is new | code lines; to the end of `train` |",
-             "|---|---|---|---|"]
-    lines += [f"| [`{name}.py`]({name}.py) | {method} | {new} | {sizes(name)} |"
-              for name, (method, new) in LANGUAGE.items()]
-    return "\n".join(lines)
-
-
-def mutants():
-    """Markdown: how many, and how many of them a test has noticed."""
-    with (ROOT / "benchmarks" / "mutants.csv").open(newline="") as file:
-        caught = [bool(row["caught_by"]) for row in csv.DictReader(file)]
-    return f"**{len(caught)} known bugs, {sum(caught)} caught.**"
-
-
 def sizes(name):
-    """Code lines of a script, and of these down to the end of train."""
+    """The number of code lines of a script, and of those up to the end of train."""
     source = (ROOT / f"{name}.py").read_text()
     end = next(node.end_lineno for node in ast.parse(source).body
                if isinstance(node, ast.FunctionDef) and node.name == "train")
     code = code_lines(source)
-    return f"{len(code)}; {sum(line <= end for line in code)}"
+    return f"{len(code)} ({sum(line <= end for line in code)})"
 
 
-def render(text):
-    """README.md with each table between <!-- name --> and <!-- end --> made anew."""
-    folder = ROOT / "benchmarks"
-    tables = {
-        "ladder": ladder(),
-        "solve": cartpole.solve_table(cartpole.read_rows(folder / "cartpole.csv")),
-        "equal": cartpole.equal_table(cartpole.read_rows(folder / "cartpole_equal.csv")),
-        "ppo": ppo.score_table(),
-        "speed": ppo.speed_table(),
-        "tasks": tasks.table(),
-        "language": language(),
-        "grpo": grpo.default_table(),
-        "grpo speed": grpo.speed_table(),
-        "dpo": dpo.default_table(),
-        "dpo speed": dpo.speed_table(),
-        "mutants": mutants(),
+def mean(rows, column):
+    return statistics.mean(float(row[column]) for row in rows)
+
+
+def median(rows, column):
+    return statistics.median(float(row[column]) for row in rows)
+
+
+def language_rows(name):
+    """Rows of grpo.csv or dpo.csv."""
+    return {"grpo": grpo, "dpo": dpo}[name].read(f"{name}.csv")
+
+
+def solves(name):
+    """What a script solves, and in how many seconds."""
+    if name in PEERS:
+        rows = language_rows(name)
+        return (f"sums: {100 * mean(rows, 'greedy_before'):.0f}% right before, "
+                f"{100 * mean(rows, 'greedy_after'):.0f}% after {median(rows, 'seconds'):.0f} s")
+    rows = cartpole.grouped(cartpole.read_rows(BENCHMARKS / "cartpole.csv"))[name]
+    solved = sum(row["solved"] for row in rows)
+    seconds = cartpole.median(rows, "process_seconds", True)
+    return f"CartPole-v1 in {seconds:.1f} s ({solved:.0f} of {len(rows)} seeds)"
+
+
+def files():
+    """Markdown for README.md: a line for each script."""
+    lines = ["| file | method | new in this file | solves | code lines (to the end of `train`) |",
+             "|---|---|---|---|---|"]
+    lines += [f"| [`{name}.py`]({name}.py) | {method} | {new} | {solves(name)} | {sizes(name)} |"
+              for name, (method, new) in SCRIPTS.items()]
+    return "\n".join(lines)
+
+
+def picture(results_page):
+    """Markdown below docs/img/overview.png: its command, and panels of earlier versions."""
+    parts = {"CartPole": ("curves.json", "cartpole"),
+             "HalfCheetah": ("curves.json", "half_cheetah"),
+             "GRPO": ("grpo.json", "curve"), "DPO": ("dpo.json", "frontier")}
+    old = [panel for panel, entry in parts.items() if "earlier" in cartpole.note(*entry)]
+    text = "`python benchmarks/curves.py --report` draws this picture from the committed CSVs."
+    if old:
+        text += (f" Panels with curves of earlier versions of the scripts: {', '.join(old)} "
+                 f"([details]({results_page}#learning-curves)).")
+    return text
+
+
+def ladder():
+    """Markdown for docs/index.md: a line for each page of a script."""
+    lines = ["| page | new in this script | solves |", "|---|---|---|"]
+    lines += [f"| [{method.split(' (')[0]}]({name}.md) | {new} | {solves(name)} |"
+              for name, (method, new) in SCRIPTS.items()]
+    return "\n".join(lines)
+
+
+def solve_result():
+    """A line of the README's table of results: CartPole-v1 until solved."""
+    groups = cartpole.grouped(cartpole.read_rows(BENCHMARKS / "cartpole.csv"))
+    own, peer = (cartpole.median(groups[name], "process_seconds", True)
+                 for name in ("ppo", "sb3-ppo"))
+    solved = sum(row["solved"] for row in groups["ppo"])
+    return ("| CartPole-v1, until the score is 475 | `python ppo.py --env-id CartPole-v1 --stop-at "
+            f"475` | reached by {solved:.0f} of {len(groups['ppo'])} seeds | {own:.1f} | "
+            f"Stable-Baselines3 PPO, tuned, on the same machine: {peer:.1f} s |")
+
+
+def control_results():
+    """Lines of the README's table of results: the tasks of ppo.csv that have ten seeds."""
+    published = {row["task"]: row for row in ppo.read("published.csv")}
+    rows = ppo.read("ppo.csv")
+    for task, flags, *_ in ppo.TASKS:
+        runs = [row for row in rows if (row["task"], row["flags"]) == (task, flags)]
+        if len(runs) < 10 or task == "CartPole-v1":  # CartPole-v1 has a line of its own
+            continue
+        score, low, high = ppo.interval([float(row["score"]) for row in runs])
+        peer = published.get(task)
+        beside = "—"
+        if peer:
+            other = "" if peer["published_task"] == task else f"{peer['published_task']}, "
+            beside = (f"RL Baselines3 Zoo: {float(peer['score']):,.4g} "
+                      f"({other}{peer['steps']} steps)")
+        command = f"python ppo.py --env-id {task} {flags}".strip()
+        yield (f"| {task}, {int(runs[0]['steps']):,} steps | `{command}` | {score:,.4g} "
+               f"({low:,.4g} to {high:,.4g}) | {median(runs, 'seconds'):.0f} | {beside} |")
+
+
+def language_results():
+    """Lines of the README's table of results: the default runs of grpo.py and dpo.py."""
+    for name, peer in PEERS.items():
+        rows, speed = language_rows(name), grpo.read(f"{name}_speed.csv")
+        scores = [float(row["greedy_after"]) for row in rows]
+        own, other = (median([row for row in speed if row["contestant"] == f"{who} float32"],
+                             "seconds_per_step") for who in (name, "trl"))
+        yield (f"| sums, held-out accuracy | `python {name}.py` | {ppo.plot.iqm(scores):.3f} "
+               f"({min(scores):.3f} to {max(scores):.3f}) | {median(rows, 'seconds'):.0f} "
+               f"| {peer}: {other / own:.1f} times the time per step (SmolLM2-135M) |")
+
+
+def results():
+    """Markdown: the README's table of results, at most ten lines."""
+    lines = ["| task | command | score | seconds | beside |", "|---|---|---|---|---|"]
+    return "\n".join([*lines, solve_result(), *[*control_results()][:7], *language_results()])
+
+
+def mutants():
+    """Markdown: the number of known bugs, and how many of them a test catches."""
+    with (BENCHMARKS / "mutants.csv").open(newline="") as file:
+        caught = [bool(row["caught_by"]) for row in csv.DictReader(file)]
+    return f"**{len(caught)} known bugs, {sum(caught)} caught.**"
+
+
+def with_sources(table, name, *parts):
+    """A table of docs/results.md with the commands that measured it."""
+    return f"{table}\n\nMeasured by:\n\n{cartpole.sources(name, *parts)}"
+
+
+def tables():
+    """{file: {name of a marker: its Markdown}}."""
+    solve = cartpole.solve_table(cartpole.read_rows(BENCHMARKS / "cartpole.csv"))
+    equal = cartpole.equal_table(cartpole.read_rows(BENCHMARKS / "cartpole_equal.csv"))
+    scores = [task for task, *_ in ppo.TASKS]
+    return {
+        "README.md": {"picture": picture("docs/results.md"), "files": files(),
+                      "results": results(), "mutants": mutants()},
+        "docs/index.md": {"ladder": ladder(), "picture": picture("results.md")},
+        "docs/results.md": {
+            "solve": with_sources(solve, "cartpole.json", "cartpole.csv", "cartpole.csv, ppo"),
+            "equal": with_sources(equal, "cartpole.json", "cartpole_equal.csv"),
+            "ppo": with_sources(ppo.score_table(), "ppo.json", *scores),
+            "speed": with_sources(ppo.speed_table(), "ppo.json", "speed"),
+            "tasks": with_sources(tasks.table(), "tasks.json"),
+            "grpo": with_sources(grpo.default_table(), "grpo.json", "default"),
+            "grpo speed": with_sources(grpo.speed_table(), "grpo.json", "speed"),
+            "dpo": with_sources(dpo.default_table(), "dpo.json", "default"),
+            "dpo speed": with_sources(dpo.speed_table(), "dpo.json", "speed"),
+            "sources of choices": cartpole.sources("ablations.json"),
+            "sources of curves": "\n".join([cartpole.sources("curves.json"),
+                                        cartpole.sources("grpo.json", "curve"),
+                                        cartpole.sources("dpo.json", "frontier")]),
+            "mutants": mutants(),
+        },
     }
-    for name, table in tables.items():
+
+
+def render(text, parts):
+    """A text with each part between <!-- name --> and <!-- end --> replaced."""
+    for name, table in parts.items():
         before, rest = text.split(f"<!-- {name} -->\n", 1)
         text = f"{before}<!-- {name} -->\n{table}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
     return text
 
 
 def expected(name):
-    """Lines for the docstring of a script: what its runs reach, from cartpole.csv and tasks.csv."""
-    rows = cartpole.grouped(cartpole.read_rows(ROOT / "benchmarks" / "cartpole.csv"))[name]
+    """Lines of expected results for the docstring of a script, from cartpole.csv and tasks.csv."""
+    rows = cartpole.grouped(cartpole.read_rows(BENCHMARKS / "cartpole.csv"))[name]
     runs = {"CartPole-v1 to 475": [(row["solved"], row["steps"], row["train_seconds"])
                                    for row in rows]}
-    with (ROOT / "benchmarks" / "tasks.csv").open(newline="") as file:
+    with (BENCHMARKS / "tasks.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             if row["script"] == name:
                 kind = ", continuing," * ("--continuing" in row["flags"])
@@ -147,20 +245,21 @@ def expected_of_ppo():
 
 
 def with_results(name, source):
-    """The source of a script with today's results in its docstring."""
+    """The source of a script with the measured results in its docstring."""
     lines = "\n".join(expected_of_ppo() if name == "ppo" else expected(name))
     pattern = r'(\nResults, ten seeds.*:\n)[^"]*"""'
     return re.sub(pattern, rf'\g<1>{lines}\n"""', source, count=1)
 
 
 def main():
-    texts = {ROOT / "README.md": render((ROOT / "README.md").read_text())}
+    texts = {ROOT / name: render((ROOT / name).read_text(), parts)
+             for name, parts in tables().items()}
     for name in ("reinforce", "reinforce_baseline", "actor_critic", "ppo"):
         path = ROOT / f"{name}.py"
         texts[path] = with_results(name, path.read_text())
     for path, text in texts.items():
         if "--check" in sys.argv and path.read_text() != text:
-            raise SystemExit(f"{path.name} is not what the CSVs say")
+            raise SystemExit(f"{path.name} is out of date: run python benchmarks/readme.py")
         path.write_text(text)
 
 

@@ -58,7 +58,8 @@ def table():
     """Markdown, from tasks.csv: a line for each task and script."""
     with (HERE / "tasks.csv").open() as file:
         rows = list(csv.DictReader(file))
-    lines = ["| command | goal | reached | median steps | median s |", "|---|---|---|---|---|"]
+    lines = ["| command | goal | reached | steps (median) | seconds (median) |",
+             "|---|---|---|---|---|"]
     for task, script, flags, goal in TASKS:
         mine = [row for row in rows if (row["task"], row["script"]) == (task, script)]
         solved = sum(row["solved"] == "1" for row in mine)

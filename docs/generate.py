@@ -1,16 +1,16 @@
-"""Fill in what the pages take from the scripts, the mutants and the CSVs, and make docs/lines.md.
+"""Fill in the parts of docs/ that come from scripts, mutants and CSVs, and write docs/lines.md.
 
     python docs/generate.py            rewrite the parts between their markers
-    python docs/generate.py --check    exit code 1 where a page says something else
+    python docs/generate.py --check    exit code 1 if a page is out of date
 
-A marked part begins with one of these and ends with <!-- end -->:
+A generated part begins with one of these and ends with <!-- end -->:
 
-    <!-- line ppo (7) -->                        the lines of code that bear this number
-    <!-- choices ppo -->                         the lines of code that bear a choice's letter
-    <!-- diff reinforce to reinforce_baseline -->           what differs down to the end of train
-    <!-- diff grpo policy_loss train to dpo preference_loss train -->     ... in these functions
-    <!-- shared grpo dpo -->                     what stands in both, byte for byte
-    <!-- ablation ppo -->                        what was measured of its choices
+    <!-- line ppo (7) -->                        the lines of code with this equation number
+    <!-- choices ppo -->                         the lines of code with the letter of a choice
+    <!-- diff reinforce to reinforce_baseline -->           the diff of the algorithms
+    <!-- diff grpo policy_loss train to dpo preference_loss train -->     ... of these functions
+    <!-- shared grpo dpo -->                     names of the functions that are identical in both
+    <!-- ablation ppo -->                        measurements of its choices
     <!-- results ppo -->                         its tables and pictures
 """
 
@@ -31,24 +31,28 @@ ablations, cartpole, curves, dpo, grpo, mutants, ppo, tasks = map(importlib.impo
 
 LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "ppo", "grpo", "dpo"]
 BELOW = re.compile(r"\n# --- The algorithm ends here")
-TAGGED = re.compile(r"\s*(.*\S)\s{2,}# ((?:\(\d|\[C).*)")  # a line of code, and what it bears
-INTRO = """# Every line earns its place
+TAGGED = re.compile(r"\s*(.*\S)\s{2,}# ((?:\(\d|\[C).*)")  # a line of code and its tag
+INTRO = """# Known bugs
 
-What would break if a line were another? Each entry below is a bug that was really made somewhere,
-or that follows from an equation or from how the environments behave: the line of the script (`-`),
-what stands there in the broken copy (`+`), and the test that notices.
-`python tests/mutants/run.py` makes all the copies and runs the tests: **{figure}**.
+After this page you know:
 
-Lines that bear the number of an equation or the letter of a choice and have no broken copy are
-listed, too, and say so.
+- which single lines decide whether an implementation is correct,
+- which test catches each bug.
+
+Each entry is a bug that occurred in some implementation, or that follows from an equation or from
+the behavior of the environments. It shows the line of the script (`-`), the broken line (`+`) and
+the test that fails. `python tests/mutants/run.py` makes all broken copies and runs the tests:
+**{figure}**.
+
+Lines with the number of an equation or the letter of a choice are listed even if they have no
+broken copy.
 """
 EFFECT = """
-Where an entry ends in two scores, the broken copy and the script as it is were trained with the
-same seeds (`benchmarks/lines.csv` has the flags): ten, on CartPole-v1 for 100,000 steps or on the
-sums; each number is the interquartile mean of the score at the end. {harmless} of
-{shown} broken copies end at 95 % of the right one's score or above. That is why such bugs live: the
-learning curve does not show them, and a test has to. The scores of `grpo.py` and `dpo.py` were
-measured with earlier versions of these scripts.
+Some entries end with two scores: of training with the bug and without it, with the same ten seeds,
+on CartPole-v1 for 100,000 steps or on the sums (`benchmarks/lines.csv` has the flags). Each score
+is an interquartile mean at the end of training. {harmless} of {shown} broken copies reach at least
+95 % of the score without the bug. A learning curve does not show these bugs, so they need a
+test.{notes}
 """
 
 
@@ -69,7 +73,7 @@ def algorithm(name):
 
 
 def blocks(name):
-    """{name: its lines} of a script's top-level functions and classes, decorators with them."""
+    """{name: lines} of the top-level functions and classes of a script, with decorators."""
     source, kinds = read_script(name), (ast.FunctionDef, ast.ClassDef)
     lines, found = source.split("\n"), {}
     for node in ast.parse(source).body:
@@ -80,7 +84,7 @@ def blocks(name):
 
 
 def cell(code):
-    """A piece of code for a Markdown table, on one line; a bar would end the cell."""
+    """Code as a cell of a Markdown table, on one line. A bar would end the cell."""
     code = " ".join(code.split())
     if "|" not in code:
         return f"`{code}`"
@@ -102,7 +106,7 @@ def line(name, *tag):
 
 
 def choices(name):
-    """A table of the lines that bear a choice's letter, by letter."""
+    """A table of the lines with the letter of a choice, sorted by letter."""
     rows = []
     for number, text in algorithm(name):
         if (match := TAGGED.fullmatch(text)) and (letters := re.findall(r"\[C(\d+)\]", match[2])):
@@ -110,15 +114,14 @@ def choices(name):
             rows.append((int(letters[0]), number, f"| {shown} | {number} | {cell(match[1])} |"))
     letters = re.findall(r"^\[C\d+\]", read_script(name).split('"""')[1], re.MULTILINE)
     rest = [letter for letter in letters if not any(letter in row for *_, row in rows)]
-    note = f"No line of their own above the mark: {', '.join(rest)}. " if rest else ""
+    note = f"Choices without a marked line: {', '.join(rest)}. " if rest else ""
     return "\n".join([
         "| choice | line | code |", "|---|---|---|", *(row for *_, row in sorted(rows)), "",
-        f"{note}What becomes of the script when a line is broken: "
-        f"[every line](lines.md#{name}py)."])
+        f"{note}Broken versions of these lines: [known bugs](lines.md#{name}py)."])
 
 
 def diff(*words):
-    """What differs between two scripts' algorithms, or between some functions of them; folded."""
+    """The diff of the algorithms of two scripts, or of some of their functions; folded."""
     texts, names = [], []
     for part in " ".join(words).split(" to "):
         name, *functions = part.split()
@@ -132,19 +135,20 @@ def diff(*words):
     lines = list(difflib.unified_diff(*texts, *names, n=1, lineterm=""))
     plus, minus = (sum(text.startswith(sign) for text in lines) - 1 for sign in "+-")
     return "\n".join([
-        f"<details markdown><summary>{plus} lines more, {minus} lines less</summary>", "",
+        f"<details markdown><summary>Show the diff: {plus} lines added, {minus} removed</summary>",
+        "",
         "```diff", *lines, "```", "", "</details>"])
 
 
 def shared(one, other):
-    """Names of what stands in both scripts, byte for byte."""
+    """Names of the functions and classes that are identical in both scripts."""
     blocks_of_one, blocks_of_other = blocks(one), blocks(other)
     same = [name for name, text in blocks_of_one.items() if blocks_of_other.get(name) == text]
     return ", ".join(f"`{name}`" for name in same) + "."
 
 
 def read(name):
-    """Rows of a CSV in benchmarks/; none where it has not been measured."""
+    """Rows of a CSV in benchmarks/; none if there is no such file."""
     path = ROOT / "benchmarks" / name
     if not path.exists():
         return []
@@ -153,43 +157,58 @@ def read(name):
 
 
 def rows_of(table, *names):
-    """Head and rows of a Markdown table in which one of the names stands as a word."""
+    """Head of a Markdown table, and the rows whose first cell has one of the names as a word."""
     head, rule, *rows = table.split("\n")
     words = re.compile(rf"(?<![\w-])(?:{'|'.join(names)})(?:\.py)?(?![\w-])")
     return "\n".join([head, rule, *(row for row in rows if words.search(row.split("|")[1]))])
 
 
 def of_commands(table):
-    """A table whose first column, of commands, pages.css gives more room."""
+    """A table whose first column has commands; pages.css makes it wider."""
     return f'<div class="commands" markdown>\n\n{table}\n\n</div>'
+
+
+def task_note(name):
+    """What tasks.json says about the rows of a script, in brackets."""
+    notes = {cartpole.note("tasks.json", f"{name} {task}") for task, *_ in tasks.TASKS} - {""}
+    return f" ({'; '.join(sorted(notes))})" if notes else ""
+
+
+def ablation(name):
+    """The table of a script's choices, and what is special about its measurement."""
+    part = f"{'sums' if name == 'grpo' else 'control'} {name}"
+    note = cartpole.note("ablations.json", part)
+    return ablations.table(name) + (f"\n\n*Note: {note}.*" if note else "")
 
 
 def results(name):
     """The tables and pictures of a script."""
     if name in ("grpo", "dpo"):
         module = {"grpo": grpo, "dpo": dpo}[name]
-        parts = ["Without arguments, seeds 11 to 15:", module.default_table(),
-                 "SmolLM2-135M, beside TRL's trainer:", module.speed_table()]
+        parts = ["Default runs, seeds 11 to 15:", module.default_table(),
+                 "One step with SmolLM2-135M, beside TRL's trainer:", module.speed_table()]
         pictures = module.PICTURES
     else:
         before = LADDER[:LADDER.index(name) + 1][-2:]
         solved = cartpole.solve_table(cartpole.read_rows(ROOT / "benchmarks" / "cartpole.csv"))
-        parts = ["CartPole-v1 until the mean return of 100 episodes is 475, seeds 11 to 20, "
-                 "medians; in brackets the ratio to `ppo.py`:", rows_of(solved, *before),
-                 "Other tasks, seeds 11 to 20, until the goal or the end of the steps:",
-                 of_commands(rows_of(tasks.table(), name))]
+        parts = ["CartPole-v1 until the mean return of 100 episodes is 475: medians over the "
+                 "seeds 11 to 20, in brackets the ratio to `ppo.py`:", rows_of(solved, *before),
+                 "Other tasks, seeds 11 to 20, until the goal is reached or the steps are used up"
+                 f"{task_note(name)}:", of_commands(rows_of(tasks.table(), name))]
         if name == "ppo":
-            parts += ["Seeds 11 to 20, or as many as are named, and no stop:",
+            parts += ["Scores at the end of training, seeds from 11 on:",
                       of_commands(ppo.score_table())]
         pictures = curves.PICTURES[name]
-    for picture, text in pictures.items():
+    sources = f"{name if name in ('grpo', 'dpo') else 'curves'}.json"
+    for picture, (text, part) in pictures.items():
         if (ROOT / "docs" / picture).exists():
-            parts += [f"![{text}]({picture})", f"*{text}.*"]
+            note = cartpole.note(sources, part)
+            parts += [f"![{text}]({picture})", f"*{text}{f' ({note})' if note else ''}.*"]
     return "\n\n".join(parts)
 
 
 def places(source):
-    """For each line of a script the name of what it stands in, and its statement's first, last."""
+    """{line: name of its function or class} and {line: (first, last line of its statement)}."""
     tree, inside, statement = ast.parse(source), {}, {}
 
     def visit(node, name):
@@ -223,13 +242,13 @@ def changed(source, mutant):
 
 
 def bare(text):
-    """A line of code without the number or letter that it bears."""
+    """A line of code without its tag."""
     match = TAGGED.fullmatch(text)
     return text[:match.end(1)] if match else text
 
 
 def bug(source, mutant, statement, caught, effect):
-    """(line, the entry of a mutant)."""
+    """(line, entry) of a mutant for docs/lines.md."""
     number, was, broken = changed(source, mutant)
     first, last = statement.get(number, (number, number))
     texts = source.split("\n")[first - 1:max(last, number + len(was) - 1)]
@@ -240,12 +259,12 @@ def bug(source, mutant, statement, caught, effect):
     learns = ""
     if effect:
         scores = (f"{x:.0f}" if max(effect) > 1 else f"{x:.2f}" for x in effect)
-        learns = " Trained, it ends at {}; the script as it is at {}.".format(*scores)
+        learns = " Score with this bug: {}; without it: {}.".format(*scores)
     head = " ".join([f"**{number}**", *what]) + f" · {prose(mutant['bug'])}"
     if mutant["source"] not in what:
         head += f" · *{prose(mutant['source'])}*"
     return number, "\n".join(
-        [head, "", "```diff", *lines, "```", "", f"Noticed by {notice}.{learns}", ""])
+        [head, "", "```diff", *lines, "```", "", f"Caught by {notice}.{learns}", ""])
 
 
 def elsewhere(script, name):
@@ -253,7 +272,7 @@ def elsewhere(script, name):
     mine = blocks(script)[name]
     for other in LADDER[:LADDER.index(script)]:
         if blocks(other).get(name) == mine:
-            return f"The same bytes as in [{other}.py](#{other}py): see there."
+            return f"The same code as in [{other}.py](#{other}py): see there."
     return "No broken copy."
 
 
@@ -295,9 +314,11 @@ def lines():
     parts = [INTRO.format(figure=figure)]
     if effects:
         harmless = sum(broken >= 0.95 * right for broken, right in effects.values())
-        parts[0] += EFFECT.format(harmless=harmless, shown=len(effects))
-    table = ["| script | bugs | caught | lines with a number or a letter | of these broken here |",
-             "|---|---|---|---|---|"]
+        notes = [f"\nThe scores of `{name}.py` were {note}." for name in LADDER
+                 if (note := cartpole.note("ablations.json", f"lines {name}"))]
+        parts[0] += EFFECT.format(harmless=harmless, shown=len(effects), notes="".join(notes))
+    table = ["| script | bugs | caught | lines with a number or a letter "
+             "| of these with a broken copy |", "|---|---|---|---|---|"]
     for script in LADDER:
         text, counts = script_lines(script, caught, effects)
         mine = [key for key in caught if key[0] == script]
@@ -308,9 +329,9 @@ def lines():
 
 
 def render(text):
-    """A page with each part between <!-- what names --> and <!-- end --> made anew."""
+    """A page with its generated parts replaced."""
     make = {"line": line, "choices": choices, "diff": diff, "shared": shared,
-            "ablation": ablations.table, "results": results}
+            "ablation": ablation, "results": results}
 
     def fill(match):
         what, *names = match[1].split()
@@ -325,7 +346,7 @@ def main():
     pages[ROOT / "docs" / "lines.md"] = lines()
     for path, text in pages.items():
         if "--check" in sys.argv and (not path.exists() or path.read_text() != text):
-            raise SystemExit(f"{path.name} is not what scripts and CSVs say: docs/generate.py")
+            raise SystemExit(f"{path.name} is out of date: run python docs/generate.py")
         path.write_text(text)
 
 

@@ -1,5 +1,7 @@
-"""Tables agree with the committed CSVs, and plots show the values of metrics.csv."""
+"""Tables equal the committed CSVs, and plots work."""
 
+import json
+import re
 import subprocess
 import sys
 
@@ -22,6 +24,39 @@ def test_readme_has_the_two_commands():
     assert "pip install -r requirements.txt && python ppo.py --env-id CartPole-v1" in text
     assert "pip install -r tests/requirements.txt && pytest" in text
     assert "sed -n" in (ROOT / ".ci" / "run").read_text(), "CI runs the command as it stands here"
+
+
+def test_readme_shows_at_most_ten_results():
+    text = (ROOT / "README.md").read_text()
+    table = text.split("<!-- results -->\n")[1].split("<!-- end -->")[0]
+    assert 2 < len(table.splitlines()) <= 12  # with the head
+
+
+def test_every_table_of_results_says_what_measured_it():
+    text = (ROOT / "docs" / "results.md").read_text()
+    parts = re.findall(r"<!-- (\w[\w ]*) -->\n(.*?)<!-- end -->", text, flags=re.DOTALL)
+    assert len(parts) > 10
+    for name, part in parts:
+        if name != "mutants" and not name.startswith("ablation "):  # these: "sources of choices"
+            assert re.search(r"^- .*`python .*`, commit `\w{7}`", part, re.MULTILINE), name
+
+
+def test_sources_show_notes_and_group_equal_origins(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import cartpole
+
+    entry = {"commit": "0123456789", "date": "2026-01-02 03:04", "command": "python x.py",
+             "machine": {"cpu": "CPU", "cores": 2},
+             "versions": {"python": "3.11", "torch": "2", "gymnasium": "1"}}
+    parts = {"a": entry, "b": entry, "c": entry | {"note": "an earlier version"}}
+    (tmp_path / "x.json").write_text(json.dumps(parts))
+    monkeypatch.setattr(cartpole, "HERE", tmp_path)
+    lines = cartpole.sources("x.json").splitlines()
+    assert len(lines) == 2 and lines[0].startswith("- a; b: ") and "0123456`" in lines[0]
+    assert lines[1].startswith("- c: ") and lines[1].endswith("; an earlier version.")
+    assert cartpole.sources("x.json", "a").startswith("- `python x.py`")
+    assert cartpole.note("x.json", "c") == "an earlier version"
+    assert cartpole.note("x.json", "a") == ""
 
 
 def test_interquartile_mean(monkeypatch):

@@ -253,7 +253,7 @@ def test_model_without_stop_token_is_refused(script, tmp_path):
 
 
 CHAT = (
-    "{{ bos_token }} {% for message in messages %}\n{{ message['role'] }} "
+    "{{ bos_token }} {% for message in messages %}\n{{ message['role'] | replace('user', 'w5') }} "
     "{{ message['content'] | trim }} w3 {% endfor %}\n{% if add_generation_prompt %}w9{% endif %}"
 )
 
@@ -268,12 +268,12 @@ def test_chat_template_equals_transformers(script, place, tmp_path):
         config["chat_template"] = CHAT
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 17]}))
-    messages = [{"role": "w5", "content": " w1 w4 "}]
+    messages = [{"role": "user", "content": " w1 w4 "}]
     _, text = load(script, tmp_path)
     expected = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         messages, add_generation_prompt=True
     )["input_ids"]
-    assert text.encode(messages) == list(expected) and text.stop_ids == [3, 17]
+    assert text.encode_prompt(messages) == list(expected) and text.stop_ids == [3, 17]
 
 
 def test_template_by_name_and_with_loop_controls(script, tmp_path):
@@ -284,9 +284,7 @@ def test_template_by_name_and_with_loop_controls(script, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     messages = [{"role": "user", "content": text} for text in ("w5 w6", "w7")]
     text = load(script, tmp_path)[1]
-    assert text.encode(messages) == [5, 6]
-    with pytest.raises(ValueError, match="no message"):
-        text.encode([])
+    assert text.encode_prompt(messages) == [5, 6]
 
 
 def test_saved_truncation_and_padding_are_ignored(script, tmp_path):
@@ -303,13 +301,13 @@ def test_template_cannot_reach_the_system(script, tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     _, text = load(script, tmp_path)
     with pytest.raises(Exception, match="unsafe"):
-        text.encode([{"role": "user", "content": "w1"}])
+        text.encode_prompt([{"role": "user", "content": "w1"}])
 
 
 def test_messages_without_template_are_refused(script, tmp_path):
     write(tmp_path, "llama")
     with pytest.raises(ValueError, match="chat template"):
-        load(script, tmp_path)[1].encode([{"role": "user", "content": "w1"}])
+        load(script, tmp_path)[1].encode_prompt([{"role": "user", "content": "w1"}])
 
 
 # A real small model
@@ -358,7 +356,7 @@ QUESTION = [{"role": "user", "content": "What is 12 + 7? Answer with the number 
 def test_small_real_model(smollm2):
     folder, peer, tokenizer = smollm2
     model, text = load(grpo, folder)
-    prompt = text.encode(QUESTION)
+    prompt = text.encode_prompt(QUESTION)
     assert prompt == list(
         tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)["input_ids"]
     )
@@ -395,7 +393,7 @@ def test_three_steps_of_a_small_real_model(smollm2, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
     model, text = load(grpo, run / "model")
     assert not torch.equal(model.model.norm.weight, load(grpo, folder)[0].model.norm.weight)
-    tokens = torch.tensor([text.encode(QUESTION)])
+    tokens = torch.tensor([text.encode_prompt(QUESTION)])
     assert tokens[0].tolist() == list(
         tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)["input_ids"]
     )

@@ -1,0 +1,482 @@
+"""The data of grpo.py and dpo.py: files, layouts, chat templates, answers, plans."""
+
+import gzip
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+import dpo
+import grpo
+
+DATA = Path(__file__).parent / "data"
+SPECIAL = ["<|end_of_text|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>",
+           "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+EOS = {"chatml": "<|im_end|>", "qwen": "<|im_end|>", "llama3": "<|eot_id|>", None: "<|im_end|>"}
+
+
+def make_folder(folder, template, eos=None):
+    """Write the tokenizer of a model: a token for each byte, and special tokens."""
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(bytes_)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos or EOS[template]}
+    if template == "llama3":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            "<|begin_of_text|> $A",
+            special_tokens=[("<|begin_of_text|>", tokenizer.token_to_id("<|begin_of_text|>"))])
+        settings["bos_token"] = "<|begin_of_text|>"
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if template:
+        (folder / "chat_template.jinja").write_text((DATA / f"{template}.jinja").read_text())
+    return folder
+
+
+@pytest.fixture(params=[grpo, dpo], ids=["grpo", "dpo"])
+def script(request):
+    return request.param
+
+
+@pytest.fixture
+def chatml(tmp_path):
+    return dpo.Tokenizer(make_folder(tmp_path / "chatml", "chatml"), {})
+
+
+def question(text, answer=None):
+    messages = [{"role": "user", "content": text}]
+    return messages + ([{"role": "assistant", "content": answer}] if answer else [])
+
+
+# Chat templates
+
+
+@pytest.mark.parametrize("template", ["chatml", "qwen", "llama3"])
+def test_prompts_equal_transformers(script, template, tmp_path):
+    folder = make_folder(tmp_path / "model", template)
+    ours = script.Tokenizer(folder, {})
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    system = [{"role": "system", "content": "Be brief."}]
+    longer = question("a", "b") + question("c")
+    for messages in (question("Hi there"), system + question("Hi"), longer):
+        expected = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert ours.encode_prompt(messages) == list(expected)
+    started = question("Count.", "One, two, ")
+    expected = theirs.apply_chat_template(started, continue_final_message=True)["input_ids"]
+    text = ours.decode(ours.encode_prompt(started), False)
+    assert text.rstrip() == theirs.decode(expected).rstrip()
+    assert ours.encode_prompt("Hi there") == theirs("Hi there")["input_ids"]
+
+
+@pytest.mark.parametrize("template", ["chatml", "qwen", "llama3"])
+def test_pairs_equal_transformers_up_to_the_stop_token(template, tmp_path):
+    folder = make_folder(tmp_path / "model", template)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    row = {"prompt": question("Which colour?"), "chosen": question("", "blue")[1:],
+           "rejected": question("", "green")[1:]}
+    _, pair = dpo.read_pair(row, dpo.Tokenizer(folder, {}), 200)
+    for answer, text in ((pair.chosen, "blue"), (pair.rejected, "green")):
+        ids = theirs.apply_chat_template(question("Which colour?", text))["input_ids"]
+        assert theirs.convert_ids_to_tokens(answer[-1]) == EOS[template]
+        ours = [*pair.prompt, *answer]
+        assert ours == list(ids)[:len(ours)]
+        assert theirs.decode(list(ids)[len(ours):]).strip() == ""
+        assert theirs.decode(list(answer)).startswith(text)
+
+
+def test_values_for_the_template(script, tmp_path):
+    tokenizer = script.Tokenizer(make_folder(tmp_path, "qwen"), {"enable_thinking": False})
+    assert tokenizer.render(question("Hi")).endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+def test_stop_token_is_the_one_that_ends_a_turn(script, tmp_path):
+    """Also where the files name another: base models with a chat template."""
+    folder = make_folder(tmp_path, "qwen", eos="<|end_of_text|>")
+    tokenizer = script.Tokenizer(folder, {})
+    end_of_text, _, im_end = range(256, 259)
+    assert tokenizer.stop_ids == [end_of_text]
+    tokenizer.encode_prompt(question("Hi"))
+    assert tokenizer.stop_ids == [im_end, end_of_text]
+
+
+def test_template_is_compiled_only_for_messages(script, tmp_path):
+    (make_folder(tmp_path, "chatml") / "chat_template.jinja").write_text("{% broken")
+    tokenizer = script.Tokenizer(tmp_path, {})
+    assert tokenizer.encode_prompt("Hi") == tokenizer.encode("Hi")
+    with pytest.raises(ValueError, match="chat template"):
+        tokenizer.encode_prompt(question("Hi"))
+
+
+@pytest.mark.parametrize("messages", [
+    [], "Hi", [1], [{"role": "human", "content": "Hi"}], [{"role": "user"}], [{"content": "Hi"}],
+    [{"role": "user", "content": None}], [{"role": "user", "content": [{"text": "Hi"}]}], None])
+def test_what_is_no_conversation_is_refused(script, chatml, messages):
+    with pytest.raises(ValueError, match="expected a text, or chat messages"):
+        script.Tokenizer.render(chatml, messages)
+
+
+def test_example_is_printed_with_special_tokens(script, chatml, capsys):
+    script.print_example(chatml, chatml.encode_prompt("Hi"), [*chatml.encode("you"), 258])
+    out = capsys.readouterr().out
+    assert "Hi>>>you<|im_end|><<<" in out and "template of the model is not used" in out
+    script.print_example(chatml, chatml.encode_prompt(question("Hi")), [])
+    out = capsys.readouterr().out
+    assert "<|im_start|>user\nHi<|im_end|>" in out and "not used" not in out
+
+
+# Layouts of preference data
+
+CHAT = ("<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+        "<|im_start|>assistant\n")
+MESSAGES = [(CHAT.format("What colour is the sky?"), "It is blue.", "It is green."),
+            (CHAT.format("What is two and two?"), "Four.", "Five.")]
+LAYOUTS = {
+    "pairs_texts.jsonl": [("The sky is", " blue.", " green."),
+                          ("Two and two is", " four.", " five.")],
+    "pairs_messages.jsonl": MESSAGES,
+    "pairs_conversations.jsonl": MESSAGES,
+    "pairs_prompt_and_conversations.json": MESSAGES,
+    "pairs_whole_texts.jsonl": [
+        ("\n\nHuman: Hello\n\nAssistant: Hi!\n\nHuman: What colour is the sky?\n\nAssistant:",
+         " It is blue.", " It is green."),
+        ("Two and two is", " four.", " five.")],
+}
+
+
+def read(path, tokenizer, max_length=500, skip_bad_rows=False):
+    return [pair for _, pair in dpo.read_rows(
+        path, lambda row: dpo.read_pair(row, tokenizer, max_length), skip_bad_rows)]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_of_pairs(name, chatml):
+    pairs = [tuple(chatml.decode(list(ids), False) for ids in pair)
+             for pair in read(DATA / name, chatml)]
+    assert pairs == [(prompt, chosen + "<|im_end|>", rejected + "<|im_end|>")
+                     for prompt, chosen, rejected in LAYOUTS[name]]
+
+
+def test_every_layout_has_a_file():
+    assert set(LAYOUTS) == {path.name for path in DATA.glob("pairs*")}
+
+
+@pytest.mark.parametrize("row, expected", [
+    # A text beside messages is what the user says, or what the assistant answers.
+    ({"prompt": "Hi", "chosen": question("", "a")[1:], "rejected": question("", "b")[1:]},
+     (CHAT.format("Hi"), "a", "b")),
+    ({"prompt": question("Hi"), "chosen": "a", "rejected": "b"}, (CHAT.format("Hi"), "a", "b")),
+    # The common beginning of two answers is not part of the prompt.
+    ({"chosen": "Q: name? A: Anna", "rejected": "Q: name? A: Anne"},
+     ("Q: name? A:", " Anna", " Anne")),
+    ({"chosen": "\n\nHuman: Hi\n\nAssistant: I am",
+      "rejected": "\n\nHuman: Hi\n\nAssistant: I can"},
+     ("\n\nHuman: Hi\n\nAssistant:", " I am", " I can")),
+    # A turn that a text ends itself is not ended twice.
+    ({"prompt": "Hi", "chosen": "a<|im_end|>", "rejected": "b"}, ("Hi", "a", "b")),
+])
+def test_rows_of_mixed_layout(row, expected, chatml):
+    _, pair = dpo.read_pair(row, chatml, 500)
+    texts = [chatml.decode(list(ids), False) for ids in pair]
+    assert texts == [expected[0], *(answer + "<|im_end|>" for answer in expected[1:])]
+
+
+def test_an_answer_of_several_turns_is_trained_to_its_last_stop_token(chatml):
+    more = question("", "a")[1:] + question("Why?", "So.")
+    row = {"prompt": question("Hi"), "chosen": more, "rejected": question("", "b")[1:]}
+    _, pair = dpo.read_pair(row, chatml, 500)
+    text = chatml.decode(list(pair.chosen), False)
+    assert text.startswith("a<|im_end|>\n<|im_start|>user\nWhy?") and text.endswith("So.<|im_end|>")
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"prompt": "Hi", "chosen": "a"}, "expected a text"),
+    ({"prompt": "Hi", "chosen": "a", "rejected": " "}, "an answer is empty"),
+    ({"prompt": "", "chosen": "a", "rejected": "b"}, "prompt is empty"),
+    ({"prompt": "Hi", "chosen": "a", "rejected": "a"}, "equal"),
+    ({"prompt": 5, "chosen": "a", "rejected": "b"}, "must be texts, or messages"),
+    ({"prompt": question("Hi"), "chosen": question("Hi"),
+      "rejected": question("Hi", "b")}, "empty"),
+    ({"chosen": question("Hi", "a"), "rejected": question("Hi", "a")}, "must not be empty"),
+    ({"chosen": question("Hi", "a"), "rejected": question("Ho", "a")}, "begin with a message"),
+    ({"chosen": question("Hi", "a"), "rejected": "b"}, "begin with a message"),
+    ({"chosen": question("Hi", "a") + question("x"),
+      "rejected": question("Hi", "a") + question("y")}, "begin with a message"),
+    ({"chosen": "left", "rejected": "right"}, "prompt is empty"),
+    ({"prompt": "Hi", "chosen": [{"role": "gpt", "content": "a"}], "rejected": "b"}, "system"),
+])
+def test_bad_pairs_are_named(row, words, chatml):
+    with pytest.raises(ValueError, match=words):
+        dpo.read_pair(row, chatml, 500)
+
+
+def test_template_that_changes_the_prompt_is_refused(tmp_path):
+    folder = make_folder(tmp_path, "chatml")
+    (folder / "chat_template.jinja").write_text(
+        "{{ messages | length }}{{ messages[-1].content }}<|im_end|>")
+    row = {"prompt": question("Hi"), "chosen": question("", "a")[1:],
+           "rejected": question("", "b")[1:]}
+    with pytest.raises(ValueError, match="changes the prompt"):
+        dpo.read_pair(row, dpo.Tokenizer(folder, {}), 500)
+
+
+def test_long_pairs_are_cut_or_dropped(chatml):
+    """The beginning stays, a cut answer has no stop token; equal cut answers are dropped."""
+    row = {"prompt": "12345", "chosen": "abcdef", "rejected": "abX"}
+    for length, chosen in ((12, "abcdef"), (11, "abcdef"), (8, "abc")):
+        _, pair = dpo.read_pair(row, chatml, length)
+        texts = [chatml.decode(list(ids)) for ids in pair]
+        assert texts == ["12345", chosen, "abX"]
+        assert (pair.chosen[-1] == 258) == (length == 12)
+    for length in (7, 5, 2):
+        assert dpo.read_pair(row, chatml, length) is None
+
+
+# Files
+
+
+def write(path, rows, as_array=False):
+    text = json.dumps(rows, indent=1) if as_array else "\n".join(map(json.dumps, rows)) + "\n"
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.write(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz"])
+def test_json_lines_and_arrays(script, name, tmp_path, capsys):
+    rows = [{"n": n, "text": "é\u2028"} for n in range(5)]
+    for as_array in (False, True):
+        path = write(tmp_path / name, rows, as_array)
+        assert script.read_rows(path, lambda row: row, False) == rows
+        assert "5 rows, of which 0 are too long and 0 bad" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"\x50\x41\x52\x31\xff\xfe", b"[1, 2", b"\xff" * 20])
+def test_other_files_are_refused_in_one_line(script, content, tmp_path):
+    for name in ("a.parquet", "a.json.gz"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SystemExit, match=r"expected JSON lines or a JSON") as stop:
+            script.read_rows(tmp_path / name, lambda row: row, True)
+        assert "\n" not in stop.value.code and name in stop.value.code
+
+
+def test_bad_rows_are_named_or_counted_by_reason(script, tmp_path, capsys):
+    def parse(row):
+        if row["n"] % 2:
+            raise ValueError("odd")
+        return row if row["n"] < 6 else None
+
+    lines = [json.dumps({"n": n}) for n in range(10)] + ["", "prompt,answer", "3"]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(SystemExit, match=r"rows\.jsonl, line 2: odd"):
+        script.read_rows(path, parse, False)
+    assert script.read_rows(path, parse, True) == [{"n": n} for n in (0, 2, 4)]
+    out = capsys.readouterr().out
+    assert "12 rows, of which 2 are too long and 7 bad" in out and "5 skipped: odd" in out
+    assert "1 skipped: not JSON" in out and "1 skipped: not a JSON object" in out
+    path.write_text("prompt,answer\n")
+    with pytest.raises(SystemExit, match="line 1: not JSON; expected JSON lines or"):
+        script.read_rows(path, parse, False)
+    path.write_text("[{\"n\": 0}, {\"n\": 1}]")
+    with pytest.raises(SystemExit, match="item 2: odd"):
+        script.read_rows(path, parse, False)
+    path.write_text("")
+    with pytest.raises(SystemExit, match="no rows that can be used"):
+        script.read_rows(path, parse, True)
+
+
+# Prompts and answers of GRPO
+
+
+def arguments(**changes):
+    return grpo.default_args(**{"model": "m", "bf16": False, "device": "cpu"} | changes)
+
+
+def test_prompts_reach_the_reward_with_all_columns(chatml, tmp_path, capsys):
+    args = arguments(data=str(DATA / "questions.jsonl"), eval_prompts=1)
+    args, draw, heldout = grpo.load_examples(args, chatml, 500, grpo.default_reward)
+    rows = [json.loads(line) for line in (DATA / "questions.jsonl").read_text().splitlines()]
+    drawn = [draw(random.Random(i)) for i in range(50)]
+    assert len(heldout) == 1 and all(row in rows for row in drawn + heldout)
+    assert len({json.dumps(row) for row in drawn}) == 3
+    out = capsys.readouterr().out
+    assert "3 prompts to learn from, 1 held out" in out and ">>>" in out
+
+
+def test_only_the_default_reward_needs_answers(chatml, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": f"Write {n}"} for n in range(5)])
+    args = arguments(data=str(path), eval_prompts=1)
+    with pytest.raises(SystemExit, match="line 1: `answer` must be"):
+        grpo.load_examples(args, chatml, 500, grpo.default_reward)
+    assert len(grpo.load_examples(args, chatml, 500, len)[2]) == 1
+
+
+@pytest.mark.parametrize("answer, words", [
+    ("", "0 tokens"), ("####  ", "0 tokens"), ("x" * 21, "21 tokens; 1 to 20"), (None, "must be"),
+    ([1], "must be"), ("so long an explanation that it does not fit\n#### 5", None), (5, None)])
+def test_answers_that_no_completion_can_give_are_bad(answer, words, chatml):
+    if words is None:
+        return grpo.check_answer(answer, chatml, 20)
+    with pytest.raises(ValueError, match=words):
+        grpo.check_answer(answer, chatml, 20)
+
+
+def test_prompts_that_leave_no_room_are_dropped(chatml, tmp_path, capsys):
+    rows = [{"prompt": "x" * n, "answer": "1"} for n in (40, 41, 80, 100, 101, 200)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    for context, max_length, dropped in ((500, 120, 2), (100, 120, 3), (61, 500, 4)):
+        args = arguments(data=str(path), max_completion_length=20, max_length=max_length)
+        grpo.load_examples(args, chatml, context, grpo.default_reward)
+        assert f"6 rows, of which {dropped} are too long and 0 bad" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no room for a prompt"):
+        grpo.load_examples(args, chatml, 20, grpo.default_reward)
+
+
+REWARDS = [
+    # completion, answer, reward
+    ("18", "18", 1), ("It is 18.", "18", 1), ("so 18 apples", "#### 18", 1), ("19", "18", 0),
+    ("18.0", "18", 1), ("$18.00", "18", 1), ("018", "18", 1), ("5/2", "2.5", 1), ("2.5", "5/2", 1),
+    ("\u22125", "-5", 1), ("-5", "\u22125", 1), ("1,234", "1234", 1), ("1234", "1,234", 1),
+    ("1,2,3", "123", 0), ("1,0000", "10000", 0), ("10-5", "5", 1), ("10-5", "-5", 0),
+    ("x = -5", "-5", 1), ("(-5)", "-5", 1), (".5", "1/2", 1), (".5", "5", 0), ("1.5.", "1.5", 1),
+    ("4 then 5", "4", 0), ("4 then 5", "5", 1), ("", "5", 0), ("no", "5", 0), ("1/0", "5", 0),
+    ("5", "1/0", 0), ("1e3", "1000", 0), ("9" * 31, "9" * 31, 1), ("9" * 31 + " or 5", "5", 1),
+    ("\u0665", "5", 0), ("50%", "50", 1), ("12345", "1234", 0), (r"\$18", "$18", 1),
+    # the boxed or marked part counts
+    (r"3, so \boxed{18} of 20", "18", 1), (r"\boxed{3} no, \boxed{18}", "18", 1),
+    (r"\boxed{18} 7", "7", 0), ("#### 18", "18", 1), ("work 3\n#### 18 apples", "18", 1),
+    ("####\n18\nThat took 100 steps.", "18", 1),
+    (r"\boxed{\frac{1}{2}}", r"so \boxed{\frac{1}{2}}", 1), (r"\boxed{x+1}", "x+1", 1),
+    (r"\boxed{18 \text{ apples}}", "18", 1), (r"\boxed{unclosed 18", "18", 1),
+    ("Tom has 20-2=<<20-2=18>>18.\n#### 18", "20 - 2 = 18\n#### 18", 1),
+    # texts
+    ("Paris", "Paris", 1), (" Paris\n", "Paris", 1), ("Paris!", "Paris", 0), ("paris", "Paris", 0),
+    ("#### Paris", "Paris", 1), ("1,2,3", "1,2,3", 1),
+]
+
+
+@pytest.mark.parametrize("completion, answer, reward", REWARDS)
+def test_default_reward(completion, answer, reward):
+    assert grpo.default_reward(completion, {"answer": answer}) == reward
+
+
+@pytest.mark.parametrize("text", ["\\boxed{" * 2000, "{" * 10_000, "1," * 5000, "-" * 10_000,
+                                  "9" * 10_000, "1/" * 5000, "\\boxed{" + "{}" * 5000])
+def test_long_completions_are_judged_quickly(text):
+    """In a process, so that one that never ends is noticed."""
+    code = f"import grpo; grpo.default_reward({text!r}, {{'answer': '5'}})"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=DATA.parent.parent)
+
+
+def test_evaluations_take_a_tenth_of_a_run():
+    """Counted in completions, a trained one as 2.5, the two summaries as four evaluations."""
+    for steps, batch, rows in ((1000, 32, 8000), (100, 8, 400), (2000, 4, 60), (50, 16, 100_000)):
+        args = grpo.plan_evaluations(
+            arguments(max_steps=steps, batch_size=batch, num_generations=8), rows)
+        cost = args.eval_prompts * (4 + steps // args.eval_every)
+        assert cost <= 0.11 * 2.5 * steps * batch * 8
+        assert args.eval_prompts <= min(256, rows // 10) and steps // args.eval_every <= 20
+        assert args.eval_prompts == 256 or cost > 0.03 * 2.5 * steps * batch * 8 or rows < 100
+    args = grpo.plan_evaluations(arguments(eval_prompts=7, eval_every=3), 1000)
+    assert (args.eval_prompts, args.eval_every) == (7, 3)
+    assert grpo.plan_evaluations(arguments(eval_prompts=7), 40).eval_prompts == 4
+
+
+# Batches and step sizes of DPO
+
+
+def test_every_pair_is_used_once_in_an_epoch():
+    args = dpo.default_args(batch_size=4, seed=3)
+    epochs = [[dpo.batch_indices(5 * epoch + step, 23, args) for step in range(5)]
+              for epoch in range(3)]
+    for epoch in epochs:
+        flat = [i for batch in epoch for i in batch]
+        assert len(flat) == 20 and len(set(flat)) == 20 and set(flat) <= set(range(23))
+    assert epochs[0] != epochs[1] != epochs[2]
+    other = dpo.default_args(batch_size=4, seed=4)
+    assert dpo.batch_indices(0, 23, args) != dpo.batch_indices(0, 23, other)
+
+
+def test_step_size_rises_and_falls():
+    args = dpo.default_args(learning_rate=1.0, warmup_ratio=0.2)
+    rates = [dpo.step_size(step, 10, args) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    args = dpo.default_args(learning_rate=1.0, warmup_ratio=0.0)
+    assert [dpo.step_size(step, 4, args) for step in range(4)] == [1, 0.75, 0.5, 0.25]
+
+
+def test_plan_of_a_run(capsys):
+    pair = dpo.Pair([1], [2, 0], [3, 0])
+    tokenizer = SimpleNamespace(stop_ids=[0])
+    for flags, pairs, heldout, steps, every in (
+            ({"num_epochs": 2, "batch_size": 10}, 105, 11, 20, 8),
+            ({"num_epochs": 2, "batch_size": 10, "max_steps": 7}, 105, 11, 7, 8),
+            ({"num_epochs": 1, "batch_size": 10, "max_steps": 25}, 105, 11, 25, 8),
+            ({"num_epochs": 1, "batch_size": 16}, 60_000, 256, 3750, 107)):
+        args = dpo.default_args(eval_every=0, **flags)
+        cut = [dpo.Pair([1], [2], [3, 0])]
+        result = dpo.plan([pair] * (pairs - 1) + cut, [pair] * heldout, tokenizer, args)
+        assert result == (steps, every)
+        assert (f"{pairs} pairs to learn from, {heldout} held out, 1 of them cut; {steps} batches"
+                in capsys.readouterr().out)
+        evaluations = 1 + steps // every
+        assert evaluations * heldout <= 0.06 * 3 * steps * args.batch_size + 2 * heldout
+
+
+def test_only_pairs_that_are_used_are_kept(chatml, tmp_path):
+    rows = [{"prompt": f"{n:02}", "chosen": "a", "rejected": "b"} for n in range(50)]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    model = SimpleNamespace(config={"max_position_embeddings": 64})
+    args = dpo.default_args(data=str(path), batch_size=4, max_steps=3)
+    pairs, heldout = dpo.load_pairs(args, chatml, model, None)
+    assert (len(pairs), len(heldout)) == (12, 5)
+
+
+def test_pairs_are_small_in_memory(chatml):
+    row = {"prompt": "Hi", "chosen": "a" * 400, "rejected": "b" * 400}
+    _, pair = dpo.read_pair(row, chatml, 1000)
+    assert sum(map(sys.getsizeof, pair)) < 5 * 804 + 300
+    inputs, targets, _ = dpo.pad_batch([(pair.prompt, pair.chosen)], "cpu")
+    assert inputs.dtype == targets.dtype == torch.long
+
+
+# Models
+
+
+@pytest.mark.parametrize("model", ["./missing", "/missing/model", "missing", "a/b/c", "~/missing"])
+def test_missing_folder_is_said_without_asking_the_hub(script, model):
+    with pytest.raises(SystemExit, match=f"--model {model}: no such folder$"):
+        script.load_model(SimpleNamespace(model=model))
+
+
+def test_unsupported_architecture_is_refused_before_the_download(script, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", "hidden_size": 8}))
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download",
+                        lambda *args: calls.append(args) or tmp_path / "config.json")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(SystemExit, match="model_type mixtral is not supported"):
+        script.load_model(SimpleNamespace(model="owner/name"))
+    assert calls == [("owner/name", "config.json")]
+
+
+def test_weights_in_another_format_are_named(script, tmp_path):
+    folder = make_folder(tmp_path, "chatml")
+    (folder / "config.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"\*.safetensors is missing"):
+        script.load_model(SimpleNamespace(model=str(folder)))
