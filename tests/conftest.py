@@ -1,4 +1,4 @@
-"""What the tests share: the scripts as modules, and stand-ins for their loggers that soon stop."""
+"""What the tests share: the scripts as modules, and a logger that stops after a few updates."""
 
 import importlib
 import os
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# Two tests run at a time, some of them with two threads: a thread that waits shall not spin. Read
-# when torch is loaded, and by the processes that tests start.
+# Two tests run at a time, some of them with two threads, so waiting threads must not use the CPU.
+# This is read when torch is loaded, also in the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
@@ -21,31 +21,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 @pytest.fixture(params=SIMPLE)
 def simple(request):
-    """Each control script but PPO in turn, as a module."""
+    """Return each control script except ppo.py as a module."""
     return importlib.import_module(request.param)
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """The scripts set it too; tests that call their functions directly shall be as fast."""
+    """One thread, as in the scripts, also for tests that call their functions directly."""
     torch.set_num_threads(1)
 
 
-def teach_once(module, monkeypatch):
-    """Let imitate work the first time; later calls give the weights of the first."""
-    teach, weights = module.imitate, {}
-
-    def imitate(model, *rest):
-        if not weights:
-            teach(model, *rest)
-            weights.update({name: x.clone() for name, x in model.state_dict().items()})
-        model.load_state_dict(weights)
-
-    monkeypatch.setattr(module, "imitate", imitate)
-
-
 def pretrain_once(module, monkeypatch):
-    """Let pretrain work the first time; later calls give copies of what it returned."""
+    """Run pretrain only at the first call; later calls return copies of its result."""
     pretrain, first = module.pretrain, []
 
     def again(*args):
@@ -57,14 +44,14 @@ def pretrain_once(module, monkeypatch):
 
 
 class FakeLogger:
-    """Stands in for Logger of the control scripts: writes nothing, ends after `updates` rows."""
+    """Replaces Logger of the control scripts: writes nothing, stops after `updates` rows."""
 
     def __init__(self, updates=1):
         self.updates, self.step, self.score, self.rows = updates, 0, 0.0, []
         self.dir = "nowhere"
 
     def __call__(self, args, parts):
-        self.parts = parts  # of ppo.py; the policy elsewhere
+        self.parts = parts  # the policy in the simple scripts
         return self
 
     def __enter__(self):

@@ -1,11 +1,11 @@
-"""Environments whose every step is known in advance, alone and in batches, for test_ppo_envs.py."""
+"""Environments with fixed steps, single and in batches, for test_ppo_envs.py."""
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
 from gymnasium.vector import SyncVectorEnv
 
-LENGTHS = [3, 1, 5, 2, 4, 1, 1, 6]  # of the episodes of Scripted, one after another, then again
+LENGTHS = [3, 1, 5, 2, 4, 1, 1, 6]  # of the episodes of Scripted, repeated
 
 
 def observed(episode, t):
@@ -14,7 +14,7 @@ def observed(episode, t):
 
 
 def rewarded(episode, t):
-    """Of the step out of observation t."""
+    """Return the reward of the step from observation t."""
     return float(np.sin(5.1 * episode + 3.7 * t))
 
 
@@ -37,7 +37,7 @@ class Scripted(gym.Env):
 
 
 class Garbage(SyncVectorEnv):
-    """Scripted, but its reset-only steps report rewards that no one must see."""
+    """Scripted with rewards in reset-only steps, which must have no effect."""
 
     amount = 0.0
 
@@ -48,7 +48,7 @@ class Garbage(SyncVectorEnv):
 
 
 class Spaces(gym.Env):
-    """One episode of five steps over whatever spaces its kwargs name; checks each action."""
+    """Episodes of five steps with the spaces in kwargs. Checks each action."""
 
     def __init__(self, obs, action):
         self.observation_space, self.action_space = SPACES[obs], SPACES[action]

@@ -1,4 +1,4 @@
-"""Actor-critic: updates by hand, traces against GAE, batches against runs alone, continuing."""
+"""Actor-critic: updates by hand, traces and GAE, batches and single runs, continuing tasks."""
 
 import math
 import types
@@ -35,7 +35,7 @@ def column(*numbers):
 
 
 class Learner:
-    """What train() carries from step to step around learn(), with parameters that stay."""
+    """The state that train() keeps between calls of learn(), with constant parameters."""
 
     def __init__(self, model, obs, gamma, lam, exact_discount=True):
         self.model, self.gamma, self.lam, self.exact = model, gamma, lam, exact_discount
@@ -96,7 +96,7 @@ def episode(length, num_envs=1, size=3, seed=0):
 
 
 def play(model, obs, action, reward, terminated, done, gamma, lam, exact_discount=True):
-    """Sum of the updates of a recorded stretch with frozen parameters, (P,): θ, then w."""
+    """Return the sum of the updates of recorded steps with constant parameters, (P,): θ, then w."""
     learner, total = Learner(model, obs[0], gamma, lam, exact_discount), 0
     for t in range(len(action)):
         *_, update = learner.step(action[t], reward[t], obs[t + 1], terminated[t], done[t])
@@ -155,7 +155,7 @@ def test_lambda_one_is_reinforce_with_baseline():
 
 
 def test_batch_of_environments_equals_single_runs():
-    """Episodes end at different steps, and reset-only steps after them are full of garbage."""
+    """Episodes end at different steps. Reset-only steps have random contents."""
     obs, action, reward = episode(8, num_envs=4, seed=3)
     terminated, truncated = torch.zeros(8, 4, dtype=torch.bool), torch.zeros(8, 4, dtype=torch.bool)
     terminated[2, 0] = truncated[4, 1] = terminated[6, 3] = True
@@ -193,7 +193,7 @@ def test_per_environment_gradients_equal_autograd():
 
 
 class Stub:
-    """Stands in for a vector environment."""
+    """Replaces a vector environment."""
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}  # noqa: RUF012
     spec = types.SimpleNamespace(max_episode_steps=None)
@@ -260,7 +260,7 @@ def ring_solution():
     seen = torch.zeros(4, 3, dtype=torch.float64)
     seen[0, 0] = seen[1, 1] = seen[2, 2] = seen[3, 2] = 1
     chain, gain = shares @ move @ seen, shares @ reward
-    system = (torch.eye(3, dtype=torch.float64) - chain)[:, 1:]  # v(0) = 0: its column falls away
+    system = (torch.eye(3, dtype=torch.float64) - chain)[:, 1:]  # without the column of v(0) = 0
     value = torch.linalg.lstsq(system, (gain - mean).unsqueeze(-1)).solution.squeeze(-1)
     return mean, torch.cat([column(0.0), value])
 
@@ -290,7 +290,7 @@ def test_continuing_task_learns_mean_reward_and_differential_values(monkeypatch)
 
 @pytest.mark.parametrize("exact_discount", [True, False])
 def test_second_episode_does_not_depend_on_the_first(exact_discount):
-    """The reset-only step between them leaves nothing behind: no trace, no discount, no δ."""
+    """The reset-only step between them clears the trace and the discount, and has no δ."""
     obs, action, reward = episode(9)
     model = Linear([0.3, -0.2, 0.5], [0.1, 0.7, -0.4])
     done = torch.zeros(9, 1, dtype=torch.bool)
@@ -320,7 +320,7 @@ def test_the_norm_is_that_of_the_update():
 
 
 class Garbage(Stub):
-    """Short episodes; what a reset-only step rewards is up to the test."""
+    """Short episodes; the test chooses the reward of a reset-only step."""
 
     single_observation_space, garbage = Box(0, 1, (1,)), 0.0
 
@@ -343,7 +343,7 @@ class Garbage(Stub):
 
 
 class Interrupted(Garbage):
-    """The same of a continuing task, which only time limits interrupt."""
+    """The same for a continuing task, which has only time limits."""
 
     def step(self, action):
         obs, reward, terminated, truncated, info = super().step(action)
@@ -377,7 +377,7 @@ def test_continuing_score_excludes_reset_steps(monkeypatch):
 
 
 def test_average_reward_moves_by_the_mean_error_of_valid_steps(monkeypatch):
-    """With step size 1 and no values the first update makes it the mean reward."""
+    """With step size 1 and values 0, the first update sets it to the mean reward."""
     class Zero(actor_critic.Value):
         def forward(self, obs):
             return super().forward(obs) * 0
@@ -389,7 +389,7 @@ def test_average_reward_moves_by_the_mean_error_of_valid_steps(monkeypatch):
 
 
 def test_returns_are_sums_of_the_rewards_of_an_episode(monkeypatch):
-    """Also across the rows of the log: returns of all episodes, found by playing again."""
+    """Also across rows of the log. A second run with the same actions gives all returns."""
     rows, _ = train_on(Garbage, monkeypatch, 0.0, num_envs=4, log_every=5, learning_rate=0.0)
     envs, totals, expected = Garbage("", 4, 0), np.zeros(4), []
     torch.manual_seed(1)
@@ -407,7 +407,7 @@ def test_returns_are_sums_of_the_rewards_of_an_episode(monkeypatch):
 
 
 def test_reset_only_step_changes_no_weights(monkeypatch):
-    """Not by Adam's momentum either, as a single environment shows."""
+    """Adam's momentum does not change them either; one environment shows this."""
     step, moves = torch.optim.Adam.step, []
 
     def watched(self, *args):

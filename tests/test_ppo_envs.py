@@ -24,7 +24,7 @@ def agent_for(envs, **flags):
 
 
 def collect(envs, agent, num_steps, seed=0):
-    """The rollout of num_steps steps after a reset."""
+    """Return the rollout of num_steps steps after a reset."""
     obs = envs.reset(seed)
     valid = torch.ones(len(obs), dtype=torch.bool)
     return ppo.collect(envs, agent, obs, valid, num_steps)[2]
@@ -34,7 +34,7 @@ def collect(envs, agent, num_steps, seed=0):
 
 
 def sent_actions(envs):
-    """The list of actions that reach the environments from now on."""
+    """Record the actions that reach the environments."""
     seen, step = [], envs.env.step
     envs.env.step = lambda action: (seen.append(action), step(action))[1]
     return seen
@@ -83,7 +83,7 @@ def test_unbounded_box_actions_are_not_scaled():
 
 
 def test_rollout_has_the_sampled_action_before_clipping():
-    """log π of a clipped action would be that of another one."""
+    """A clipped action would have another log π."""
     envs = make("scripted:Does-box-v0")
     agent = agent_for(envs, log_std=2.0)
     rollout = collect(envs, agent, 20)
@@ -186,7 +186,7 @@ def test_presets_by_the_spaces(env, preset):
 
 
 def batch_of(env_id, num_steps, monkeypatch, **flags):
-    """The agent and the batch of the first update of a run, and the returns that it logs."""
+    """Return the agent, the batch of the first update, and the logged returns."""
     caught, update, log = [], ppo.update, FakeLogger()
     monkeypatch.setattr(ppo, "Logger", log)
     monkeypatch.setattr(ppo, "update", lambda *args: (caught.append(args), update(*args))[1])
@@ -197,7 +197,7 @@ def batch_of(env_id, num_steps, monkeypatch, **flags):
 
 
 def plain(agent, num_rows):
-    """obs, advantage and target of that many steps, by the definition, in a plain loop."""
+    """Compute obs, advantage and target of the steps by definition, in a plain loop."""
     rows = []
     for episode in itertools.count():
         length = min(LENGTHS[episode % len(LENGTHS)], num_rows - len(rows))
@@ -289,7 +289,7 @@ def test_running_moments_equal_numpy_on_all_rows():
 
 
 def test_sums_for_the_reward_scale_start_at_each_episode(monkeypatch):
-    """The scale is the deviation of each episode's own discounted sums, at time limits, too."""
+    """Rewards are scaled by the deviation of discounted sums, which restart at time limits too."""
     log = FakeLogger()
     monkeypatch.setattr(ppo, "Logger", log)
     ppo.train(ppo.Args(env_id="scripted:Scripted-v0", num_envs=1, num_steps=60, num_minibatches=1,
@@ -310,7 +310,7 @@ def test_sums_for_the_reward_scale_start_at_each_episode(monkeypatch):
 
 
 def test_gae_gets_scaled_rewards_and_the_agent_normalized_observations(monkeypatch):
-    """Each batch is normalized by what came before it, the first by a rollout of its own."""
+    """Earlier batches normalize each batch; a rollout before training normalizes the first."""
     caught, played, log = [], [], FakeLogger(updates=3)
     collect, gae = ppo.collect, ppo.gae
 
@@ -357,7 +357,7 @@ def saved_agent(folder, agent):
 
 
 def test_evaluation_plays_the_saved_agent(tmp_path, capsys, monkeypatch):
-    """Batches of whole first episodes, with the saved normalization and the likeliest action."""
+    """Whole first episodes, with the saved normalization and the most likely action."""
     envs, seen = make("scripted:Scripted-v0", 1), []
     agent = agent_for(envs, norm_obs=True)
     agent.obs_moments.mean += 3.0
@@ -462,7 +462,7 @@ def test_native_atari_equals_the_wrappers_frame_by_frame(game, monkeypatch):
 
 @pytest.mark.parametrize("async_envs", [False, True])
 def test_atari_native_and_wrapped(async_envs):
-    """Raw rewards, images, and lives, in both."""
+    """Both kinds have raw rewards, images and lives."""
     pytest.importorskip("ale_py")
     pytest.importorskip("cv2")
     envs = make("ALE/SpaceInvaders-v5", 2, async_envs=async_envs)

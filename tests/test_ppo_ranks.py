@@ -1,4 +1,4 @@
-"""Two processes under torchrun are one of twice the size."""
+"""Two processes under torchrun train like one process with all environments."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ moments.update(half["obs"] * 3)
 gathered = ppo.all_gather(half["target"])
 torch.save((agent.state_dict(), moments.state_dict(), gathered, metrics), {path!r} + str(rank))
 dist.barrier()
-os._exit(0)  # gloo's threads abort a process now and then while it exits
+os._exit(0)  # gloo's threads sometimes abort a process at exit
 """
 
 
@@ -69,7 +69,7 @@ def test_two_processes_get_the_weights_of_one(tmp_path, target_kl, monkeypatch):
         assert torch.equal(tensor, second[name]), f"{name} differs between the processes"
     assert all(torch.equal(tensor, scale2[name]) for name, tensor in scale.items())
 
-    # Alone: minibatch k has rows 2i and 2i + 1 where the halves have row i.
+    # One process: minibatch k has rows 2i and 2i + 1; each of two processes has row i.
     whole = iter([torch.stack([2 * order, 2 * order + 1], 1).flatten() for order in orders])
     monkeypatch.setattr(torch, "randperm", lambda *args, **kwargs: next(whole))
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-2, eps=1e-5)
@@ -106,12 +106,12 @@ sys.argv = ["ppo.py", *sys.argv[1:]]
 ppo.train(ppo.parse_args())
 torch.save((seen, actions), {path!r} + os.environ["RANK"])
 sys.stdout.flush()
-os._exit(0)  # gloo's threads abort a process now and then while it exits
+os._exit(0)  # gloo's threads sometimes abort a process at exit
 """
 
 
 def test_run_of_two_processes(tmp_path):
-    """Equal weights and score in both, other episodes and actions; one writes; resume."""
+    """Weights and score are equal, episodes and actions differ, one process writes, both resume."""
     path, script = str(tmp_path / "seen"), tmp_path / "spy.py"
     script.write_text(SPY.format(root=str(ROOT), path=path))
     flags = ["--num-envs", 8, "--num-minibatches", 2]

@@ -1,4 +1,4 @@
-"""ppo.py beside Stable-Baselines3: the same batch and weights, the same advantages and gradient."""
+"""ppo.py and Stable-Baselines3: equal advantages and gradients for equal weights and batches."""
 
 import gymnasium as gym
 import numpy as np
@@ -18,7 +18,7 @@ def test_advantages_equal_stable_baselines3():
     buffer = RolloutBuffer(steps, *spaces, gae_lambda=0.9, gamma=0.97, n_envs=num_envs)
     reward, value = rng.normal(size=(2, steps + 1, num_envs)).astype(np.float32)
     done = rng.random((steps + 1, num_envs)) < 0.1
-    for t in range(steps):  # theirs tells of each observation whether it begins an episode
+    for t in range(steps):  # it needs to know which observations begin an episode
         action = np.zeros((num_envs, 1))
         buffer.add(np.zeros((num_envs, 2)), action, reward[t], done[t], torch.tensor(value[t]),
                    torch.zeros(num_envs))
@@ -30,7 +30,7 @@ def test_advantages_equal_stable_baselines3():
 
 
 def copy_weights(policy, agent):
-    """From Stable-Baselines3's 64-64 tanh networks into the agent's."""
+    """Copy the weights of Stable-Baselines3's networks into the agent."""
     with torch.no_grad():
         for theirs, ours in [(policy.mlp_extractor.policy_net, agent.actor),
                              (policy.mlp_extractor.value_net, agent.critic)]:
@@ -72,13 +72,13 @@ def test_losses_and_gradients_equal_stable_baselines3(env_id, vf_coef, monkeypat
     peer.logger.record = lambda name, value, **kwargs: logs.__setitem__(name, value)
     peer.train()
     optimizer = torch.optim.SGD(agent.parameters(), lr=3.0)
-    advantage = batch["advantage"]  # theirs are normalized in train(), with the unbiased std
+    advantage = batch["advantage"]  # Stable-Baselines3 normalizes in train(), with the unbiased std
     batch["advantage"] = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     report = ppo.update(agent, optimizer, batch, args)
     assert report["clip_fraction"] > 0.1, "the second epoch must have something to clip"
     for ours, theirs in [("policy_loss", "policy_gradient_loss"), ("value_loss", "value_loss"),
                          ("clip_fraction", "clip_fraction"), ("approx_kl", "approx_kl")]:
-        if ours != "approx_kl":  # theirs is that of the last epoch
+        if ours != "approx_kl":  # Stable-Baselines3 logs that of the last epoch
             assert report[ours].item() == pytest.approx(logs[f"train/{theirs}"], abs=1e-6, rel=1e-5)
     twin = ppo.Agent(envs.obs_shape, envs.single_action_space, args)
     copy_weights(peer.policy, twin)  # two steps later

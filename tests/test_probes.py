@@ -1,4 +1,4 @@
-"""Whole training runs on environments whose values and best actions are known: seconds each."""
+"""Training runs of seconds on environments with known values and best actions."""
 
 import importlib
 
@@ -15,7 +15,7 @@ PLAYERS = {"reinforce": {"total_timesteps": 4_000}, **FAST}
 
 
 def train(name, env, tmp_path, monkeypatch, **flags):
-    """Of a finished run: logits or means, most probable actions, and V of a number observed."""
+    """Return functions of a trained script: logits or means, most likely actions, and V."""
     script = importlib.import_module(name)
     args = script.Args(
         env_id=f"toys:{env}-v0", run_dir=str(tmp_path / "run"), **(PLAYERS[name] | flags)
@@ -63,7 +63,7 @@ def test_the_rewarded_action_is_chosen(name, env, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["actor_critic", "ppo"])
 def test_time_limit_is_not_terminal(name, tmp_path, monkeypatch):
-    """Reward 1 for ever: V = 1 / (1 - gamma), though each episode stops after ten steps."""
+    """V = 1 / (1 - gamma), although each episode stops after ten steps."""
     steps = 60_000 if name == "actor_critic" else 40_000
     *_, value = train(name, "Endless", tmp_path, monkeypatch, gamma=0.9, total_timesteps=steps)
     assert value(0.0) == pytest.approx(10, rel=0.05)

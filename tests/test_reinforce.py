@@ -72,7 +72,7 @@ def true_objective(policy, gamma):
 
 @pytest.fixture
 def double(monkeypatch):
-    """Compute in float64, also where a script asks for float32."""
+    """Compute in float64, even if a script asks for float32."""
     single = torch.float32
     torch.set_default_dtype(torch.float64)
     monkeypatch.setattr(torch, "float32", torch.float64)
@@ -81,7 +81,7 @@ def double(monkeypatch):
 
 
 def train_on_all_trajectories(script, monkeypatch, on_policy=True, **flags):
-    """Run one update of train(); returns the policy with its .grad, and what was seen on the way.
+    """Run one update of train(). Return the policy with its .grad, and recorded values.
 
     on_policy: weight each trajectory by π / uniform.
     """
@@ -254,7 +254,7 @@ def test_return_counts_rewards_from_each_step_on(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_gradient_depends_on_its_batch_only(name, monkeypatch):
-    """Of the last batch: found again from the rows that the loss was given."""
+    """The test computes the gradient again from the arguments of the loss."""
     script, seen, models = importlib.import_module(name), [], []
     loss, step = script.policy_gradient_loss, torch.optim.Adam.step
     monkeypatch.setattr(script, "policy_gradient_loss",

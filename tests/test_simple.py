@@ -1,4 +1,4 @@
-"""The simpler scripts as their user meets them: the command line, a run's files, and mistakes."""
+"""The simple scripts: the command line, the files of a run, and mistakes of the user."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ def command(name, *flags, cwd=ROOT, **env):
 
 
 def call(script, *flags):
-    """`python script.py FLAGS` in this process."""
+    """Run `python script.py FLAGS` in this process."""
     return script.train(tyro.cli(script.Args, args=[str(flag) for flag in flags]))
 
 
@@ -37,7 +37,7 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
-# A run and what it leaves behind
+# A run and its files
 
 
 @pytest.mark.parametrize("name", SIMPLE)
@@ -207,7 +207,7 @@ def test_an_evaluation_counts_first_episodes_only(simple, capsys, monkeypatch):
 
 
 def test_an_evaluation_plays_in_batches_of_num_envs(simple, capsys, monkeypatch):
-    """Seven episodes, three at a time, are three batches with the returns 1, 2, 3 each."""
+    """Seven episodes in three environments are three batches with returns 1, 2 and 3."""
     made = []
     monkeypatch.setattr(simple, "make_envs",
                         lambda env_id, num_envs, seed: made.append(num_envs) or Counter(num_envs))
@@ -216,7 +216,7 @@ def test_an_evaluation_plays_in_batches_of_num_envs(simple, capsys, monkeypatch)
 
 
 def test_evaluation_takes_the_most_likely_action(simple, capsys, monkeypatch):
-    """The likelier action, 1, is rewarded; a sample would often be the other."""
+    """Only the more likely action, 1, has a reward. Samples would often be 0."""
 
     class Rewarding(Counter):
         def step(self, actions):
@@ -391,7 +391,7 @@ def test_actor_critic_needs_next_step_autoreset(monkeypatch):
 
 
 class Faulty(gym.Env):
-    """Raises an error where its keyword says."""
+    """Raises an error in the part that its keyword names."""
 
     observation_space, action_space = Box(-1, 1, (1,), np.float32), Discrete(2)
 
@@ -429,7 +429,7 @@ def test_an_error_in_the_users_environment_keeps_its_traceback(simple, where, tm
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
 def test_a_gradient_that_is_not_finite_stops_the_run(simple, value, tmp_path):
-    """After some good updates; the weights saved are the last good ones."""
+    """After some good updates. The saved weights are the last good ones."""
     steps = []
 
     class Broken(Endless):

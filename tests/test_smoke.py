@@ -1,4 +1,4 @@
-"""Each script trains briefly: better than without updates by a margin, and twice the same."""
+"""Each control script learns CartPole in a short run, and the same seed repeats the run."""
 
 import csv
 import importlib
@@ -37,7 +37,7 @@ def test_script_learns_and_the_same_seed_repeats_the_run(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LADDER)
 def test_score_stays_low_without_learning(name, tmp_path):
-    """What shows that the test above can fail."""
+    """So the test above fails for a script that does not learn."""
     flags, goal = BRIEF[name]
     assert score(name, tmp_path, learning_rate=0.0, **flags) < goal / 1.5
 

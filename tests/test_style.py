@@ -1,4 +1,4 @@
-"""What the files promise of themselves: same name same bytes, tags, sizes, no side effects."""
+"""Rules for the scripts: equal functions, tags, sizes, no side effects."""
 
 import ast
 import difflib
@@ -62,7 +62,7 @@ def test_sizes():
 
 
 def test_baseline_is_the_only_difference():
-    """diff reinforce.py reinforce_baseline.py: few lines of code go, about twenty come."""
+    """diff reinforce.py reinforce_baseline.py removes few lines and adds about twenty."""
     before, after = ((ROOT / f"{name}.py").read_text().splitlines()
                      for name in ("reinforce", "reinforce_baseline"))
     first = [lines.index("@dataclass(frozen=True)") for lines in (before, after)]
@@ -206,7 +206,7 @@ def test_import_has_no_side_effect(name, tmp_path):
 
 
 def test_algorithm_functions_take_no_args_object(source):
-    """The algorithm's functions, by their names, take no args object and no global."""
+    """The functions of the algorithm do not use `args`."""
     pure = {
         "discounted_returns",
         "policy_gradient_loss",

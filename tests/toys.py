@@ -1,4 +1,4 @@
-"""Environments small enough to know the answer; registered for tests as "toys:Name-v0"."""
+"""Environments with known values and best actions, registered as "toys:Name-v0"."""
 
 import gymnasium as gym
 import numpy as np
@@ -6,7 +6,7 @@ from gymnasium.spaces import Box, Discrete, MultiBinary, Text
 
 
 class Toy(gym.Env):
-    """One number observed, two actions; subclasses say what happens."""
+    """The observation is one number, and there are two actions. Subclasses define the rest."""
 
     observation_space, action_space = Box(-100, 100, (1,), np.float32), Discrete(2)
 
@@ -20,7 +20,7 @@ class Toy(gym.Env):
 
 
 class Constant(Toy):
-    """Reward 1 and the end: V = 1."""
+    """One step with reward 1: V = 1."""
 
     def step(self, action):
         return self.see(0), 1.0, True, False, {}
@@ -46,14 +46,14 @@ class Delayed(Toy):
 
 
 class Chosen(Toy):
-    """Reward 1 for action 1, -1 for action 0, and the end."""
+    """One step. Action 1 has reward 1, action 0 has -1."""
 
     def step(self, action):
         return self.see(0), 2.0 * action - 1, True, False, {}
 
 
 class Matching(Toy):
-    """Reward 1 where the action's sign is the observation's, -1 elsewhere, and the end."""
+    """One step. The reward is 1 if the action's sign is the observation's, otherwise -1."""
 
     def reset(self, **kwargs):
         super().reset(**kwargs)
@@ -64,7 +64,7 @@ class Matching(Toy):
 
 
 class Endless(Toy):
-    """Reward 1 for ever; only a time limit interrupts: V = 1 / (1 - gamma), not less."""
+    """Reward 1 in every step, and only time limits: V = 1 / (1 - gamma)."""
 
     def step(self, action):
         return self.see(0), 1.0, False, False, {}
@@ -86,7 +86,7 @@ class Bait(Toy):
 
 
 class Target(Toy):
-    """Box action: reward minus the squared distance to 0.5, and the end."""
+    """One step with a Box action. The reward is minus the squared distance to 0.5."""
 
     action_space = Box(-1, 1, (1,), np.float32)
 
@@ -95,7 +95,7 @@ class Target(Toy):
 
 
 class FarTarget(Toy):
-    """The same with actions from 16 to 30; the best one is 26.5, three quarters of the way."""
+    """The same with actions from 16 to 30. The best one is 26.5."""
 
     action_space = Box(16, 30, (1,), np.float32)
 
@@ -104,7 +104,7 @@ class FarTarget(Toy):
 
 
 class BrokenReward(Toy):
-    """The reward is not a number from the 300th step on."""
+    """From step 300 on, the reward is NaN."""
 
     steps = 0
 
@@ -128,7 +128,7 @@ class BrokenObservation(Toy):
 
 
 class Switches(Toy):
-    """Three switches, which only ppo.py can set; best are the first and the last."""
+    """MultiBinary actions of three bits, for ppo.py only. The first and the last bit are best."""
 
     action_space = MultiBinary(3)
 

@@ -64,7 +64,9 @@ def load(scripts=()):
 def changed_scripts(mutants, revision):
     """Return the scripts whose file, mutants or tests differ from a git revision."""
     command = ["git", "diff", "--name-only", revision, "--"]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"--changed {revision}: {done.stderr.strip()}")
     changed = set(done.stdout.split())
     tests = [name for name in changed if name.startswith("tests/") and name.endswith(".py")]
     if any(not Path(name).name.startswith("test_") for name in tests):
