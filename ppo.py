@@ -718,7 +718,7 @@ class Logger:
             self.save()
 
     def save(self):
-        """Write checkpoint.pt, first under another name, so that it is always whole."""
+        """Write checkpoint.pt, first under another name, so that it is always complete."""
         torch.save(self.checkpoint, self.dir / "checkpoint.tmp")
         (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
 

@@ -55,8 +55,8 @@ EQUAL = [  # (task, settings, flags of ppo.py, (environments, keywords) of the p
     ("CartPole-v1", "theirs", shlex.join(cartpole.SB3_SETTINGS), (8, {"n_steps": 32,
      "batch_size": 256, "n_epochs": 20, "gamma": 0.98, "gae_lambda": 0.8, "learning_rate": 1e-3}),
      50_000),
-    ("HalfCheetah-v5", "ours", "--num-envs 64 --num-steps 32", (64, {"n_steps": 32,
-     "batch_size": 256, "learning_rate": 1e-3}), 100_000),
+    ("HalfCheetah-v5", "ours", "", (8, {"n_steps": 256, "batch_size": 64, "gae_lambda": 0.9,
+     "learning_rate": 3e-4}), 40_000),
     ("HalfCheetah-v5", "theirs", "--num-envs 1 --num-steps 2048 --num-minibatches 32 "
      "--learning-rate 3e-4", (1, {}), 40_000),
 ]
