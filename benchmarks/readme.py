@@ -247,7 +247,7 @@ def expected_of_ppo():
 def with_results(name, source):
     """The source of a script with the measured results in its docstring."""
     lines = "\n".join(expected_of_ppo() if name == "ppo" else expected(name))
-    pattern = r'(\nResults, ten seeds.*:\n)[^"]*"""'
+    pattern = r'(\nResults, ten seeds[^:]*:\n)[^"]*"""'
     return re.sub(pattern, rf'\g<1>{lines}\n"""', source, count=1)
 
 
