@@ -20,16 +20,16 @@ The gradient of a pair pushes log π(y_w) up and log π(y_l) down, both with the
 β σ(r̂_l − r̂_w), which is large where r̂ is wrong. Only their difference counts: both may fall.
 
 Implementation choices:
-[C1] These flags select published variants. Δ is the difference in brackets in (7), Δ/|y| the same
-     with each log π divided by the number of tokens of its answer:
-       flags                               loss of a pair                  usual β   paper (arXiv)
-       (none)                              −log σ(βΔ)                      0.1       2305.18290
-       --label-smoothing ε                 −(1−ε) log σ(βΔ) − ε log σ(−βΔ)   0.1       cDPO
-       --loss-type ipo                     (Δ − 1/(2β))²                   0.1       2310.12036
-       --length-normalize                  −log σ(β Δ/|y|)                 5         2411.15124
-       --length-normalize                  −log σ(β Δ/|y| − γ), without    2         2405.14734
-         --reference-free --gamma-margin γ   π_ref; γ about 1                        (SimPO)
-       --nll-coef α                        −log σ(βΔ) − α log π(y_w)/|y_w|   0.1, α 1  2404.19733
+[C1] These flags select published variants. Δ is the difference in brackets in (7). In Δ', each
+     log π is divided by the number of tokens of its own answer, and log π_ref likewise:
+       flags                  loss of a pair                       usual values   name, arXiv
+       (none)                 −log σ(βΔ)                           β 0.1          DPO, 2305.18290
+       --label-smoothing ε    −(1−ε) log σ(βΔ) − ε log σ(−βΔ)      β 0.1, ε 0.1   cDPO
+       --loss-type ipo        (Δ − 1/(2β))²                        β 0.1          IPO, 2310.12036
+       --length-normalize     −log σ(βΔ')                          β 5            2411.15124
+       ... --reference-free   −log σ(βΔ' − γ), where π_ref = 1     β 2, γ 1       SimPO, 2405.14734
+       --nll-coef α           −log σ(βΔ) − α log π(y_w) / |y_w|    β 0.1, α 1     RPO, 2404.19733
+     SimPO takes both flags and --gamma-margin γ.
 [C2] log π_ref is computed once, before training: two numbers per pair, one model in memory.
 [C3] The learning rate rises in the first batches and then falls linearly to 0.
 [C4] Prompt and answer are tokenized separately, so no token spans both.
@@ -37,16 +37,17 @@ Implementation choices:
      the number of processes.
 [C6] The stop token is part of the answer and is trained on. The prompt is not.
 
-Shapes: P pairs, each with two rows of L inputs and targets, chosen and rejected, which go through
-the model together; M pairs of a micro-batch, R rows, V vocabulary size, D hidden size, K trained
-tokens of a micro-batch.
+Shapes: P pairs, each with two rows, chosen and rejected, which go through the model together; M
+pairs of a micro-batch, R = 2 M rows of L inputs and targets, V vocabulary size, D hidden size, K
+trained tokens of a micro-batch, Y possible answers.
 
     python dpo.py                                               a tiny GPT learns to add
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl
 
-A row of --data is a JSON object with `chosen` and `rejected`, and mostly `prompt`. They are texts,
-which are used as they are, or lists of chat messages, which go through the chat template. Without
-`prompt`, it is what the two have in common at the beginning.
+A row of --data is a JSON object with `prompt`, `chosen` and `rejected`. They are texts, which are
+used as they are, or lists of chat messages, which go through the chat template. If `chosen` and
+`rejected` are whole conversations, or there is no `prompt`, it is what they have in common at the
+beginning.
 """
 
 import functools
@@ -89,7 +90,7 @@ class Args:
     data: str = ""  # JSON lines or a JSON array, may be .gz, see above; needs --model
     skip_bad_rows: bool = False  # leave out rows that cannot be used, and print how many
     chat_template_kwargs: str = "{}"  # JSON for the chat template: '{"enable_thinking": false}'
-    max_length: int = 1024  # cut prompt and answer after this number of tokens
+    max_length: int = 1024  # tokens of prompt and answer; longer answers are cut at the end
     seed: int = 1
     num_epochs: int = 4  # how often to learn from each pair
     max_steps: int | None = None  # batches to learn from, instead of --num-epochs
@@ -103,10 +104,10 @@ class Args:
     length_normalize: bool = False  # divide log-probabilities by the number of tokens [C1]
     reference_free: bool = False  # leave out the reference policy [C1]
     gamma_margin: float = 0.0  # target margin between the rewards of chosen and rejected [C1]
-    nll_coef: float = 0.0  # coefficient of the negative log-likelihood of chosen [C1]
+    nll_coef: float = 0.0  # coefficient of −log π of chosen, per token [C1]
     train_pairs: int = 25_000  # pairs to make for the tiny GPT
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before DPO
-    eval_every: int = 20  # batches between evaluations; 0: they take about 5 % of the run
+    eval_every: int = 20  # batches between evaluations; 0: about 5 % of the time
     eval_pairs: int = 256  # held-out pairs, at most a tenth of the data
     micro_batch_size: int = 256  # pairs per forward and backward pass; changes only memory [C5]
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
@@ -205,26 +206,29 @@ class Pair(NamedTuple):
     rejected: array
 
 
-def num_columns(pair):
-    """Return the number of columns that the pair needs in pad_pairs."""
-    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) - 1
-
-
 def by_length(pairs, indices):
     """Sort indices of pairs by the pairs' length, longest first: then there is little padding."""
-    return sorted(indices, key=lambda i: num_columns(pairs[i]), reverse=True)
+    return sorted(indices, reverse=True, key=lambda i: len(pairs[i].prompt) + max(
+        len(pairs[i].chosen), len(pairs[i].rejected)))
 
 
-def pad_pairs(pairs, device):
-    """Make inputs, targets and mask (P, 2, L) as pad_batch does: chosen and rejected rows."""
+def answer_logprobs(model, pairs, device):
+    """Compute log π of the answers, (P, 2): the sum over their tokens."""
     rows = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-    return [tensor.unflatten(0, (-1, 2)) for tensor in pad_batch(rows, device)]
+    return token_logprobs(model, *pad_batch(rows, device)).sum(1).view(-1, 2)
 
 
-def sequence_logprobs(model, inputs, targets, mask):
-    """Compute log π of the answers, (P, 2): the sum over their tokens. The inputs are (P, 2, L)."""
-    logprob = token_logprobs(model, inputs.flatten(0, 1), targets.flatten(0, 1), mask.flatten(0, 1))
-    return logprob.sum(1).view(-1, 2)
+def answer_lengths(pairs, device):
+    """Return the number of tokens of the answers, (P, 2)."""
+    return torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs], device=device)
+
+
+def pair_losses(logprob, ref_logprob, length, args):
+    """Compute the loss of each pair, (P,), from log π, log π_ref and length of answers (P, 2)."""
+    divisor = length if args.length_normalize else 1                              # [C1]
+    loss = preference_loss(logprob / divisor, ref_logprob / divisor, args.beta, args.loss_type,
+                           args.label_smoothing, args.gamma_margin)
+    return loss - args.nll_coef * (logprob / length)[:, 0]                        # [C1]
 
 
 @torch.no_grad()
@@ -235,25 +239,28 @@ def score_pairs(model, pairs, args, title="reference"):
     # All processes must call the model equally often, so some compute the first pair once more.
     indices = local_rows(indices + indices[:1] * (-len(indices) % world_size))
     logprobs = []
-    hidden = None if get_rank() == 0 else True  # None: only in a terminal
+    disable = None if get_rank() == 0 else True  # None: the bar is shown only in a terminal
     for start in tqdm(range(0, len(indices), args.micro_batch_size), title, leave=False,
-                      disable=hidden):
+                      disable=disable):
         part = [pairs[i] for i in indices[start:start + args.micro_batch_size]]
-        logprobs.append(sequence_logprobs(model, *pad_pairs(part, args.device)).cpu())
+        logprobs.append(answer_logprobs(model, part, args.device).cpu())
     result = torch.zeros(len(pairs), 2)
     result[all_gather(torch.tensor(indices))] = all_gather(torch.cat(logprobs))
     return result
 
 
 def batch_indices(step, num_pairs, args):
-    """Return the indices of the pairs of a batch; each epoch has an order of its own."""
+    """Return the indices of the pairs of a batch.
+
+    Each epoch has an order of its own. What is left at its end and fills no batch is left out.
+    """
     epoch, batch = divmod(step, num_pairs // args.batch_size)
     rng = torch.Generator().manual_seed(random.Random(f"{args.seed} {epoch}").randrange(2**31))
     order = torch.randperm(num_pairs, generator=rng).tolist()  # the same in all processes
     return order[batch * args.batch_size:(batch + 1) * args.batch_size]
 
 
-def step_size(step, num_steps, args):
+def learning_rate_at(step, num_steps, args):
     """Compute the learning rate: it rises during the warm-up, then falls linearly to 0."""
     warmup_steps = args.warmup_ratio * num_steps
     rise = (step + 1) / max(warmup_steps, 1)
@@ -262,48 +269,40 @@ def step_size(step, num_steps, args):
 
 
 def update(model, optimizer, pairs, ref_logprob, args):
-    """Take a gradient step on the pairs of this process, sorted by_length; ref_logprob is (P, 2).
+    """Take a gradient step on the pairs of this process; ref_logprob is (P, 2).
 
     Returns metrics, means over the pairs of all processes.
     """
-    inputs, targets, mask = pad_pairs(pairs, args.device)
-    length = mask.sum(2)                                                          # (P, 2)
-    divisor = length if args.length_normalize else torch.ones_like(length)        # [C1]
-    ref_logprob = ref_logprob.to(args.device) / divisor
+    length = answer_lengths(pairs, args.device)                                   # (P, 2)
+    ref_logprob = ref_logprob.to(args.device)
     logprobs, losses = torch.zeros_like(ref_logprob), torch.zeros_like(ref_logprob[:, 0])
     optimizer.zero_grad()
     for start in range(0, len(pairs), args.micro_batch_size):
         part = slice(start, start + args.micro_batch_size)
-        columns = num_columns(pairs[start])  # of the longest pair, as they are sorted
-        logprob = sequence_logprobs(model, inputs[part, :, :columns], targets[part, :, :columns],
-                                    mask[part, :, :columns])                      # (M, 2)
-        loss = preference_loss(logprob / divisor[part], ref_logprob[part], args.beta,
-                               args.loss_type, args.label_smoothing, args.gamma_margin)  # (M,)
-        loss = loss - args.nll_coef * (logprob / length[part])[:, 0]              # [C1]
+        logprob = answer_logprobs(model, pairs[part], args.device)                # (M, 2)
+        loss = pair_losses(logprob, ref_logprob[part], length[part], args)        # (M,)
         if dist.is_initialized():  # add up the gradients of all processes after the last part
             model.set_requires_gradient_sync(part.stop >= len(pairs))
         (loss.sum() / args.batch_size).backward()                                 # [C5]
-        losses[part] = loss.detach()
-        logprobs[part] = logprob.detach() / divisor[part]
+        logprobs[part], losses[part] = logprob.detach(), loss.detach()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm,
                                          error_if_nonfinite=True)
     optimizer.step()
-    metrics = preference_metrics(all_gather(logprobs), all_gather(ref_logprob), all_gather(length),
-                                 args.beta)
+    logprobs, ref_logprob, length = map(all_gather, (logprobs, ref_logprob, length))
+    divisor = length if args.length_normalize else 1                              # [C1]
+    metrics = preference_metrics(logprobs / divisor, ref_logprob / divisor, length, args.beta)
     return {"loss": all_gather(losses).mean(), "grad_norm": full_tensor(grad_norm)} | metrics
 
 
 def evaluate(model, pairs, ref_logprob, args):
-    """Compute some preference_metrics of held-out pairs; ref_logprob is (P, 2)."""
-    length = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
-    divisor = length if args.length_normalize else torch.ones_like(length)
+    """Compute the loss and three preference_metrics of held-out pairs; ref_logprob is (P, 2)."""
+    length = answer_lengths(pairs, "cpu")
     logprob = score_pairs(model, pairs, args, "evaluation")
-    logprob, ref_logprob = logprob / divisor, ref_logprob / divisor
-    metrics = preference_metrics(logprob, ref_logprob, length, args.beta)
-    loss = preference_loss(logprob, ref_logprob, args.beta, args.loss_type, args.label_smoothing,
-                           args.gamma_margin).mean()
-    return {f"heldout_{name}": metrics[name].item()
-            for name in ("accuracy", "margin", "chosen_fell")} | {"heldout_loss": loss.item()}
+    loss = pair_losses(logprob, ref_logprob, length, args).mean()
+    divisor = length if args.length_normalize else 1
+    metrics = preference_metrics(logprob / divisor, ref_logprob / divisor, length, args.beta)
+    return {"heldout_loss": loss.item()} | {
+        f"heldout_{name}": metrics[name].item() for name in ("accuracy", "margin", "chosen_fell")}
 
 
 def train(args):
@@ -311,12 +310,14 @@ def train(args):
     device = setup(args)
     config, weights, tokenizer = load_model(args) if args.model else pretrain(args, device)
     model = make_model(config, weights, device, args)
-    weights = None if args.model else weights  # a --model can be read again
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, args.learning_rate, weight_decay=0.0, fused=True)
-    with Logger(args, model, optimizer, weights) as log:
+    pretrained = None if args.model else weights  # to resume; a --model can be read again
+    with Logger(args, model, optimizer, pretrained) as log:  # --resume: loads model and optimizer
         pairs, heldout = load_pairs(args, tokenizer, model, log.dir)
         num_steps, eval_every = plan(pairs, heldout, tokenizer, args)
+        if args.model:
+            print_example(pairs[0], tokenizer)
         if log.ref_logprob is None:  # else --resume has restored it
             log.before = None if args.model else evaluate_sums(model, tokenizer, None, args)
             log.ref_logprob = (torch.zeros(len(heldout + pairs), 2) if args.reference_free
@@ -325,8 +326,8 @@ def train(args):
             raise SystemExit(f"--resume {args.resume}: --data has other pairs now")
         heldout_ref, ref_logprob = log.ref_logprob.split([len(heldout), len(pairs)])
         log.bar.total = num_steps
-        while not log.stopped() and log.step < num_steps:
-            optimizer.param_groups[0]["lr"] = step_size(log.step, num_steps, args)
+        while not log.stopped() and log.step < num_steps:  # log.write counts the steps
+            optimizer.param_groups[0]["lr"] = learning_rate_at(log.step, num_steps, args)
             indices = batch_indices(log.step, len(pairs), args)
             indices = local_rows(by_length(pairs, indices))
             metrics = update(model, optimizer, [pairs[i] for i in indices], ref_logprob[indices],
@@ -520,11 +521,11 @@ def make_model(config, weights, device, args):
     with torch.device("meta"):
         model = Decoder(config, args.lora_rank, args.bf16, args.gradient_checkpointing)
     if dist.is_initialized():
-        policy = MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32,
-                                      cast_forward_inputs=False)
+        precision = MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32,
+                                         cast_forward_inputs=False)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for module in (*model.model.layers, model):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=precision)
             # Add up the gradients: each process computes a part of the mean.     [C5]
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
@@ -647,14 +648,6 @@ def get_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """Return the sum, or the maximum, of the tensors of all processes."""
-    if dist.is_initialized():
-        tensor = tensor.clone()
-        dist.all_reduce(tensor, op)
-    return tensor
-
-
 def all_gather(tensor):
     """Return the rows (n, ...) of all processes as one tensor on the CPU, in order of rank."""
     if not dist.is_initialized():
@@ -710,10 +703,8 @@ class Characters:
 
     symbols, stop_ids = ["<end>", *"0123456789+="], [0]
 
-    def encode(self, text):
+    def encode(self, text, add_special_tokens=False):
         return [self.symbols.index(character) for character in text]
-
-    encode_prompt = encode
 
     def decode(self, tokens):
         return "".join(self.symbols[token] for token in tokens if token != 0)
@@ -751,62 +742,47 @@ class Tokenizer:
             template = (folder / "chat_template.jinja").read_text("utf-8")
         if isinstance(template, list):  # several, by name
             template = {each["name"]: each["template"] for each in template}.get("default")
-        self.template_source = template or ""
+        self.template_source, self.template = template, None  # compiled when it is needed
 
     def read_json(self, name):
         """Return the content of a file of the folder, {} if it is missing."""
         path = self.folder / name
         return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
-    @functools.cached_property
-    def template(self):
-        """The compiled chat template. The token with which it ends a turn becomes a stop token."""
+    def load_template(self):
+        """Compile the chat template. The token that ends its turns becomes a stop token."""
         import jinja2.sandbox  # the template is code that may not be trusted
-
-        jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
-        # transformers' own tags around what an assistant says: not needed here
-        source = re.sub(r"({%-?\s*)generation(\s*-?%})", r"\1if true\2", self.template_source)
-        source = re.sub(r"({%-?\s*)endgeneration(\s*-?%})", r"\1endif\2", source)
-        template = jinja.from_string(source)
-        turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        text = template.render(messages=turn, **self.template_values)
-        end = self.encode(text.rpartition("answer")[2])[:1]
-        if end and self.tokenizer.get_added_tokens_decoder().get(end[0]):
-            self.stop_ids = list(dict.fromkeys(end + self.stop_ids))
-        return template
-
-    def render(self, messages, is_complete=False):
-        """Return the text of chat messages, up to where an assistant's answer begins.
-
-        An assistant's last message is continued, or ended if is_complete.
-        """
-        import jinja2
 
         if not self.template_source:
             raise ValueError("there are chat messages, but the model has no chat template")
-        check_messages(messages)
-        is_continued = messages[-1]["role"] == "assistant"
+        jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
+        # Some templates mark what an assistant says, with tags that only transformers knows.
+        source = re.sub(r"({%-?\s*)generation(\s*-?%})", r"\1if true\2", self.template_source)
+        source = re.sub(r"({%-?\s*)endgeneration(\s*-?%})", r"\1endif\2", source)
+        self.template = jinja.from_string(source)
+        turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        after_answer = self.render(turn, False).rpartition("answer")[2]
+        first = self.encode(after_answer)[:1]
+        if first and first[0] in self.tokenizer.get_added_tokens_decoder():
+            self.stop_ids += [token for token in first if token not in self.stop_ids]
+
+    def render(self, messages, add_generation_prompt):
+        """Return the text of chat messages, with the beginning of an assistant's turn if wanted."""
+        import jinja2
+
         try:
-            text = self.template.render(
-                messages=messages, add_generation_prompt=not is_continued, tools=None,
+            if self.template is None:
+                self.load_template()
+            return self.template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
                 documents=None, **self.template_values)
         except jinja2.TemplateError as error:
             raise ValueError(f"chat template: {error}") from error
-        if is_continued and not is_complete:
-            content = messages[-1]["content"].strip()
-            text = text[:text.rindex(content) + len(content)]
-        return text
 
-    def encode_prompt(self, prompt):
-        """Return the token ids of a text, or of chat messages through the chat template."""
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt).ids  # with the special tokens of the model
-        return self.encode(self.render(prompt))
-
-    def encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text, add_special_tokens=False):
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, tokens, skip_special_tokens=True):
         return self.tokenizer.decode(tokens, skip_special_tokens)
@@ -817,22 +793,14 @@ class Tokenizer:
                 shutil.copy(self.folder / name, folder)
 
 
-def check_messages(messages):
-    """Raise ValueError unless this is a list of chat messages with texts."""
+def check_messages(name, messages):
+    """Raise ValueError unless this value of a row is a list of chat messages with texts."""
     valid = isinstance(messages, list) and messages and all(
         isinstance(message, dict) and isinstance(message.get("content"), str)
         and message.get("role") in ROLES for message in messages)
     if not valid:
-        raise ValueError("expected a text, or chat messages with `content`, a text, and `role`: "
-                         + ", ".join(ROLES))
-
-
-def print_example(tokenizer, prompt, answer):
-    """Print an example as the model sees it, from token ids; the answer is what is trained."""
-    if tokenizer.template_source and "template" not in vars(tokenizer):  # which is made when used
-        print("All prompts are texts: the chat template of the model is not used.")
-    prompt, answer = (tokenizer.decode(ids, False) for ids in (prompt, answer))
-    print(f"An example as the model sees it, the trained part in >>> <<<:\n{prompt}>>>{answer}<<<")
+        raise ValueError(f"`{name}` must be a text, or chat messages with `content`, a text, and "
+                         f"`role`: {', '.join(ROLES)}")
 
 
 def raise_exception(message):
@@ -861,26 +829,22 @@ def split_hash(prompt):
     return random.Random(json.dumps(prompt)).random()
 
 
-def read_rows(path, parse, skip_bad_rows):
-    """Return parse(row) of all rows (dicts) of a file.
+def read_rows(path, check, skip_bad_rows):
+    """Return check(row) of all rows (dicts) of a file.
 
-    parse raises ValueError for a bad row, which ends the run, or is counted if skip_bad_rows.
+    check raises ValueError for a bad row, which ends the run, or is counted if skip_bad_rows.
     It returns None for a row that is too long.
     """
     rows, bad = [], Counter()
-    for number, row in read_json(Path(path)):
-        place = "line" if isinstance(row, str) else "item"
+    for place, row in read_json(Path(path)):
         try:
-            row = json.loads(row) if place == "line" else row
             if not isinstance(row, dict):
-                raise ValueError("not a JSON object")
-            rows.append(parse(row))
+                raise ValueError("not a JSON object; expected JSON lines or a JSON array")
+            rows.append(check(row))
         except ValueError as error:
-            is_json = not isinstance(error, json.JSONDecodeError)
-            reason = str(error) if is_json else "not JSON; expected JSON lines or a JSON array"
             if not skip_bad_rows:
-                raise SystemExit(f"--data {path}, {place} {number}: {reason}") from error
-            bad[reason] += 1
+                raise SystemExit(f"--data {path}, {place}: {error}") from error
+            bad[str(error)] += 1
     used = [row for row in rows if row is not None]
     if get_rank() == 0:
         print(f"--data {path}: {len(rows) + bad.total()} rows, of which "
@@ -893,16 +857,27 @@ def read_rows(path, parse, skip_bad_rows):
 
 
 def read_json(path):
-    """Yield (number, line) for JSON lines, (number, item) for a JSON array; .gz is unpacked."""
+    """Yield the place and the value of each line of JSON lines, or of each item of a JSON array."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             is_array = file.read(100).lstrip().startswith("[")
             file.seek(0)
-            rows = enumerate(json.load(file) if is_array else file, 1)
-            yield from (row for row in rows if is_array or row[1].strip())
+            if is_array:
+                yield from ((f"item {n}", row) for n, row in enumerate(json.load(file), 1))
+            else:
+                yield from ((f"line {n}", parse_json(line))
+                            for n, line in enumerate(file, 1) if line.strip())
     except (OSError, EOFError, ValueError) as error:
         raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
+
+
+def parse_json(line):
+    """Return the value of a line of JSON, None if it is not JSON."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def tiny_config(vocab_size):
@@ -929,8 +904,8 @@ def pretrain(args, device):
             nn.init.normal_(param, std=0.1)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=True)
     rng = random.Random(f"pretrain {args.seed}")
-    hidden = None if get_rank() == 0 else True  # None: only in a terminal
-    for step in tqdm(range(args.pretrain_steps), "pretraining", leave=False, disable=hidden):
+    disable = None if get_rank() == 0 else True  # None: the bar is shown only in a terminal
+    for step in tqdm(range(args.pretrain_steps), "pretraining", leave=False, disable=disable):
         remaining = 1 - step / args.pretrain_steps
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 3 * remaining)
         examples = [addition(rng) for _ in range(256)]
@@ -1008,10 +983,11 @@ def load_pairs(args, tokenizer, model, folder):
         if dist.is_initialized():
             dist.barrier()  # the others read it
     max_length = min(args.max_length, model.config["max_position_embeddings"])
-    rows = read_rows(path, lambda row: read_pair(row, tokenizer, max_length), args.skip_bad_rows)
-    rows.sort(key=lambda row: row[0])
-    num_heldout = max(min(args.eval_pairs, len(rows) // 10), 1)
-    limit, _ = rows[num_heldout - 1]  # equal prompts stay together, so there may be some more
+    # Sorted by split_hash, which is random but equal for equal prompts, held-out rows come first.
+    rows = sorted(read_rows(path, lambda row: read_pair(row, tokenizer, max_length),
+                            args.skip_bad_rows), key=lambda row: row[0])
+    num_heldout = max(min(args.eval_pairs, len(rows) // 10), 1) if args.data else args.eval_pairs
+    limit, _ = rows[num_heldout - 1]
     heldout = [pair for split, pair in rows if split <= limit]
     pairs = [pair for split, pair in rows if split > limit]
     if args.max_steps:
@@ -1023,81 +999,108 @@ def load_pairs(args, tokenizer, model, folder):
 
 
 def plan(pairs, heldout, tokenizer, args):
-    """Return and print the number of batches, and of batches between evaluations.
-
-    An evaluation of a pair takes a third of the time of learning from it; all evaluations together
-    take about 5 % of the run.
-    """
+    """Return and print the number of batches, and of batches between evaluations."""
     num_steps = args.max_steps or args.num_epochs * (len(pairs) // args.batch_size)
-    eval_every = args.eval_every or math.ceil(len(heldout) / (0.05 * 3 * args.batch_size))
+    # Evaluating a pair takes a third of the time of learning from it. For 5 % of the time:
+    # len(heldout) / 3 = 0.05 * eval_every * batch_size
+    eval_every = args.eval_every or math.ceil(len(heldout) / (3 * 0.05 * args.batch_size))
     if get_rank() == 0:
-        num_cut = sum(pair.chosen[-1] not in tokenizer.stop_ids
-                      or pair.rejected[-1] not in tokenizer.stop_ids for pair in pairs + heldout)
-        print(f"{len(pairs)} pairs to learn from, {len(heldout)} held out, {num_cut} of them cut; "
-              f"{num_steps} batches of {args.batch_size}, an evaluation every {eval_every}")
-        if args.model:
-            print_example(tokenizer, pairs[0].prompt, pairs[0].chosen)
-            print(f"The rejected answer:\n{tokenizer.decode(pairs[0].rejected, False)}")
+        num_cut = sum(answer[-1] not in tokenizer.stop_ids
+                      for pair in pairs + heldout for answer in (pair.chosen, pair.rejected))
+        print(f"{len(pairs)} pairs to learn from, {len(heldout)} held out; {num_cut} answers cut; "
+              f"{num_steps} batches of {args.batch_size} pairs, an evaluation every {eval_every}")
     return num_steps, eval_every
 
 
+def print_example(pair, tokenizer):
+    """Print a pair as the model sees it."""
+    if get_rank() == 0:
+        if tokenizer.template_source and not tokenizer.template:
+            print("All prompts are texts: the chat template of the model is not used.")
+        prompt, chosen, rejected = (tokenizer.decode(list(ids), False) for ids in pair)
+        print("A pair as the model sees it, the trained part in >>> <<<:")
+        print(f"{prompt}>>>{chosen}<<<\nrejected: >>>{rejected}<<<")
+
+
 def read_pair(row, tokenizer, max_length):
-    """Return split_hash of the prompt and the Pair of a row; None if the prompt is too long."""
+    """Return split_hash of the prompt and the Pair of a row, its answers cut at max_length tokens.
+
+    Returns None if this leaves no difference between the answers.
+    """
     prompt, *answers = split_row(row)
     if isinstance(prompt, str):
-        prompt_ids = tokenizer.encode_prompt(prompt)
-    else:  # the answers are what they add to the rendered prompt
-        start = tokenizer.render(prompt)
-        prompt_ids = tokenizer.encode(start)
-        answers = [tokenizer.render(prompt + answer, is_complete=True) for answer in answers]
-        if not all(text.startswith(start) for text in answers):
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=True)
+    else:  # the text of an answer is what it adds to the text of the prompt
+        start = tokenizer.render(prompt, add_generation_prompt=True)
+        conversations = [tokenizer.render(prompt + answer, False) for answer in answers]
+        if not all(text.startswith(start) for text in conversations):
             raise ValueError("the chat template changes the prompt when an answer follows")
-        answers = [text.removeprefix(start) for text in answers]
+        prompt_ids = tokenizer.encode(start)
+        answers = [text.removeprefix(start) for text in conversations]
     chosen, rejected = (encode_answer(text, tokenizer) for text in answers)
-    if not prompt_ids or chosen == rejected:
-        raise ValueError("the prompt is empty, or `chosen` and `rejected` are equal")
+    if not prompt_ids:
+        raise ValueError("the prompt is empty")
+    if chosen == rejected:
+        raise ValueError("`chosen` and `rejected` are equal")
     room = max(max_length - len(prompt_ids), 0)
     pair = Pair(array("i", prompt_ids), array("i", chosen[:room]), array("i", rejected[:room]))
     return (split_hash(prompt), pair) if pair.chosen != pair.rejected else None
 
 
 def encode_answer(text, tokenizer):
-    """Return the token ids of an answer; they end with a stop token."""
+    """Return the token ids of an answer, up to its last stop token.
+
+    Templates add a line break behind it, which is never generated. A text gets a stop token.
+    """
     ids = tokenizer.encode(text)                                                  # [C4]
     stops = [i for i, token in enumerate(ids) if token in tokenizer.stop_ids]
     return ids[:stops[-1] + 1] if stops else ids + tokenizer.stop_ids[:1]         # [C6]
 
 
-def as_messages(role, part):
-    """Return a text as a list with a message, anything else as it is."""
-    return [{"role": role, "content": part}] if isinstance(part, str) else part
-
-
 def split_row(row):
-    """Return prompt, chosen and rejected of a row: three texts, or three lists of messages."""
+    """Return prompt, chosen and rejected of a row: three texts, or three lists of messages.
+
+    If one of them is a list of messages, a text is a message of the user, or of the assistant.
+    """
     prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
     if any(isinstance(part, list) for part in (prompt, chosen, rejected)):
         prompt = as_messages("user", prompt)
         chosen, rejected = as_messages("assistant", chosen), as_messages("assistant", rejected)
-    for answer in (chosen, rejected):
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(answer, str):
-            check_messages(answer)
+            check_messages(name, answer)
         elif not answer.strip():
-            raise ValueError("an answer is empty")
-    if prompt is None or (isinstance(chosen, list) and chosen[0]["role"] != "assistant"):
-        # Whole conversations or texts: what they have in common is the prompt.
-        same = [a == b for a, b in zip(chosen, rejected)] + [False]
-        prompt = chosen[:same.index(False)]
-        if isinstance(prompt, str):  # not up to the middle of a word of the answers
-            turn = re.match(r".*\n\nAssistant:", prompt, re.DOTALL)
-            prompt = turn[0] if turn else re.sub(r"\s*\S*$", "", prompt)
+            raise ValueError(f"`{name}` is empty")
+    is_conversation = isinstance(chosen, list) and chosen[0]["role"] != "assistant"
+    if prompt is None or is_conversation:
+        prompt = common_beginning(chosen, rejected)
         chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
     if not (type(prompt) is type(chosen) is type(rejected) and chosen and rejected):
-        raise ValueError("`prompt`, `chosen` and `rejected` must be texts, or messages; prompt and "
-                         "answers must not be empty")
-    if isinstance(chosen, list) and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
-        raise ValueError("an answer must begin with a message of the assistant")
+        raise ValueError("`prompt`, `chosen` and `rejected` must be texts, or messages; after what "
+                         "`chosen` and `rejected` have in common, both must go on")
+    if isinstance(prompt, list):
+        check_messages("prompt", prompt)
+        if {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
+            raise ValueError("an answer must begin with a message of the assistant")
     return prompt, chosen, rejected
+
+
+def as_messages(role, part):
+    """Return a text as a list with one message, anything else as it is."""
+    return [{"role": role, "content": part}] if isinstance(part, str) else part
+
+
+def common_beginning(chosen, rejected):
+    """Return the messages that two conversations have in common, or the common prompt of two texts.
+
+    The prompt of texts ends with "Assistant:", or else before the word in which they differ.
+    """
+    same = [a == b for a, b in zip(chosen, rejected)] + [False]
+    common = chosen[:same.index(False)]
+    if isinstance(common, list):
+        return common
+    turns = re.match(r".*\n\nAssistant:", common, re.DOTALL)
+    return turns[0] if turns else re.sub(r"\s*\S*$", "", common)
 
 
 @torch.no_grad()
@@ -1145,20 +1148,21 @@ def load_checkpoint(folder):
     return torch.load(Path(folder) / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
 
 
-PROGRESS = ("step", "seconds", "csv_size", "score", "before", "heldout", "ref_logprob")
+PROGRESS = ("step", "seconds", "score", "before", "heldout", "ref_logprob")
 
 
 class Logger:
     """Writes the run's folder (args.json, metrics.csv, checkpoint.pt), progress bar and wandb.
 
-    weights: those before training. before: evaluate_sums before training. heldout: the last metrics
-    of held-out pairs. ref_logprob: of all answers.
+    With --resume it loads the model, the optimizer and the progress. pretrained: the weights before
+    DPO, for the checkpoint. before: evaluate_sums before training. heldout: the last metrics of
+    held-out pairs. ref_logprob: of all answers.
     """
 
-    def __init__(self, args, model, optimizer, weights):
-        self.args, self.model, self.optimizer, self.weights = args, model, optimizer, weights
-        self.step, self.seconds, self.csv_size = 0, 0.0, 0
-        self.score, self.before, self.heldout, self.ref_logprob = math.nan, None, {}, None
+    def __init__(self, args, model, optimizer, pretrained):
+        self.args, self.model, self.optimizer, self.pretrained = args, model, optimizer, pretrained
+        self.step, self.seconds, self.score = 0, 0.0, math.nan
+        self.before, self.heldout, self.ref_logprob = None, {}, None
         self.wandb, self.interrupted = None, False
         task = Path(args.data).stem or "addition"
         name = [f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
@@ -1172,15 +1176,15 @@ class Logger:
         self.start, self.saved_at = time.perf_counter() - self.seconds, time.perf_counter()
         self.bar = tqdm(initial=self.step, unit=" batches",
                         disable=None if get_rank() == 0 else True)
-        signal.signal(signal.SIGINT, self.interrupt)
+        self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
         if get_rank() > 0:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
-        self.csv = (self.dir / "metrics.csv").open("a", buffering=1)
-        # Drop rows that are newer than the checkpoint.
-        self.csv.truncate(min(self.csv_size, self.csv.tell()))
-        self.csv.seek(0, os.SEEK_END)
+        path = self.dir / "metrics.csv"  # a header and a row for each batch
+        lines = path.read_text().splitlines(keepends=True)[:self.step + 1] if self.step else []
+        self.csv = path.open("w", buffering=1)
+        self.csv.writelines(lines)  # not those that are newer than the checkpoint
         if args.track:
             import wandb
 
@@ -1199,11 +1203,10 @@ class Logger:
 
     def any_process(self, condition):
         """Whether the condition is true in any of the processes."""
-        condition = torch.tensor(float(condition), device=self.args.device)
-        return all_reduce(condition, dist.ReduceOp.MAX).item() > 0
+        return all_gather(torch.tensor([condition])).any().item()
 
     def write(self, **metrics):
-        """Log one batch."""
+        """Count and log one batch; save a checkpoint from time to time."""
         self.step += 1
         self.seconds = time.perf_counter() - self.start
         self.bar.set_postfix(score=f"{self.score:.3f}", refresh=False)
@@ -1216,7 +1219,6 @@ class Logger:
             print(*row.values(), sep=",", file=self.csv)
             if self.wandb:
                 self.wandb.log(row, step=self.step)
-            self.csv_size = self.csv.tell()
         waited = time.perf_counter() - self.saved_at
         if self.any_process(get_rank() == 0 and waited >= self.args.checkpoint_seconds):
             self.save()
@@ -1230,7 +1232,7 @@ class Logger:
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         state = {"args": asdict(self.args), "optimizer": None,
                  "progress": {name: getattr(self, name) for name in PROGRESS},
-                 "pretrained": self.weights,
+                 "pretrained": self.pretrained,
                  "model": dcp.get_model_state_dict(self.model, options=options)}
         if self.optimizer.state:  # if it is empty, dcp would take a step to create it
             state["optimizer"] = dcp.get_optimizer_state_dict(
@@ -1249,14 +1251,14 @@ class Logger:
         if saved["optimizer"]:
             dcp.set_optimizer_state_dict(
                 self.model, self.optimizer, saved["optimizer"], options=options)
-            self.optimizer.param_groups[0]["lr"] = self.args.learning_rate
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
-        # After an error in one of several processes the others would wait forever.
+        signal.signal(signal.SIGINT, self.old_handler)
+        # Saving needs all processes. After an error in one, the others are elsewhere.
         if kind is None or (issubclass(kind, Exception) and not dist.is_initialized()):
             self.save()
         if get_rank() == 0 and kind is not SystemExit:  # a mistake of the user's has its own line

@@ -28,6 +28,7 @@ Implementation choices:
        gspo     group          grpo     sequence  0.0003  0.0004  0     2507.18071
        cispo    group          cispo    token     0.2     4       0     2506.13585
        rloo     leave-one-out  dr_grpo  token     0.2     0.2     0     2402.14740
+     What the papers add beside the loss, such as DAPO's dynamic sampling, is left out.
 [C2] With one update per batch, π_old = π and ρ = 1. The loss is then near 0, as the advantages of a
      group add up to 0, and says nothing about progress. Its gradient is not 0: it is that of
      REINFORCE with a baseline. The trainer computes π_old, not the sampler, so ρ is exactly 1.
@@ -37,6 +38,7 @@ Implementation choices:
      the number of processes.
 [C6] The stop token is part of the completion and is trained on. The prompt is not.
 [C7] π is softmax(logits / temperature), both in sampling and in the loss.
+[C8] The prompts of a batch are drawn at random from all, without epochs.
 
 Shapes: B prompts (of this process), G completions of each, R = B G rows of L inputs and targets, C
 tokens of the longest possible completion, V vocabulary size, D hidden size, K trained tokens of a
@@ -46,7 +48,10 @@ micro-batch.
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data questions.jsonl
 
 A row of --data is a JSON object, and reaches the reward as a dict. `prompt` is a text, which the
-model continues, or a list of chat messages. The default reward also needs `answer`.
+model continues, or a list of chat messages. The default reward also needs `answer`:
+
+    {"prompt": [{"role": "user", "content": "What is 7 * 8? Put the answer in \\\\boxed{}."}],
+     "answer": "56"}
 """
 
 import functools
@@ -93,7 +98,7 @@ class Args:
     batch_size: int = 128  # prompts per batch, over all processes
     num_generations: int = 8  # G: completions per prompt
     max_completion_length: int = 4  # C: tokens per completion
-    max_length: int = 1024  # leave out prompts with which a completion may get longer than this
+    max_length: int = 1024  # tokens of prompt and completion; longer prompts are left out
     temperature: float = 1.0  # sampling temperature [C7]
     learning_rate: float = 3e-4  # AdamW step size
     warmup_ratio: float = 0.0  # share of the batches in which the step size grows from 0
@@ -108,8 +113,8 @@ class Args:
     num_iterations: int = 1  # updates per batch
     mask_truncated_completions: bool = False  # do not learn from completions without stop token
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before GRPO
-    eval_every: int = 20  # batches between evaluations; 0: they take about 10 % of the run
-    eval_prompts: int = 256  # held-out prompts, at most a tenth of the data; 0: as many as fit
+    eval_every: int = 20  # batches between evaluations; 0: at most about 10 % of the time
+    eval_prompts: int = 256  # held-out prompts, at most a tenth of the data; 0: the same
     micro_batch_size: int = 1024  # rows per forward and backward pass; changes only memory [C5]
     sampling_batch_size: int = 1024  # rows to generate at a time; changes only memory
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
@@ -174,7 +179,8 @@ def kl_estimate(logprob, old_logprob, ref_logprob):
     """Compute ρ k3 of each token, (R, L); on average its gradient is that of KL(π‖π_ref)."""
     log_ratio = ref_logprob - logprob
     k3 = log_ratio.exp() - log_ratio - 1                                      # (4)
-    return (logprob - old_logprob).exp() * k3                                 # [C3]
+    ratio = (logprob - old_logprob).exp()  # of the token, also where the loss has that of the row
+    return ratio * k3                                                         # [C3]
 
 
 def token_weight(mask, loss_type, num_rows, num_tokens, max_completion_length):
@@ -193,8 +199,8 @@ def token_weight(mask, loss_type, num_rows, num_tokens, max_completion_length):
 def default_reward(completion, example):
     """Return 1.0 if the final answer of a completion, a text, is example["answer"], else 0.0.
 
-    The final answer is the content of the last \\boxed{}, else what follows the last ####. The rest
-    is ignored. Numbers are compared by value. For a number the last one of the completion counts.
+    The final answer is the content of the last \\boxed{}, else what follows the last ####, else the
+    whole text. If example["answer"] is a number, the last number in it counts, by its value.
     """
     gold, answer = final_answer(str(example["answer"])), final_answer(completion)
     value = parse_number(gold)
@@ -255,7 +261,8 @@ class Completion(NamedTuple):
 
 
 @torch.no_grad()
-def sample(model, prompts, num_generations, max_length, temperature, stop_ids, generator):
+def sample(model, prompts, num_generations, max_completion_length, temperature, stop_ids,
+           generator):
     """Sample G completions of each prompt, a list of token ids; temperature 0 is greedy.
 
     Returns a list of B G Completions; those of a prompt are next to each other.
@@ -264,7 +271,7 @@ def sample(model, prompts, num_generations, max_length, temperature, stop_ids, g
     stop_ids = torch.tensor(stop_ids, device=device)
     prompt_length = torch.tensor([len(prompt) for prompt in prompts], device=device)
     prompt_tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
-    cache = Cache(model, prompt_length, prompt_tokens.shape[1] + max_length)
+    cache = Cache(model, prompt_length, prompt_tokens.shape[1] + max_completion_length)
     hidden = model(prompt_tokens.to(device), cache)
     # Each prompt is computed once. Its completions start from copies of its last hidden state.
     prompt_of_row = torch.arange(len(prompts), device=device).repeat_interleave(num_generations)
@@ -272,11 +279,11 @@ def sample(model, prompts, num_generations, max_length, temperature, stop_ids, g
     cache.select(prompt_of_row)
 
     num_rows = len(prompt_of_row)
-    tokens = torch.zeros(num_rows, max_length, dtype=torch.long, device=device)
-    logprobs = torch.zeros(num_rows, max_length, device=device)
+    tokens = torch.zeros(num_rows, max_completion_length, dtype=torch.long, device=device)
+    logprobs = torch.zeros(num_rows, max_completion_length, device=device)
     finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
     active = torch.arange(num_rows, device=device)  # rows that are still computed
-    for t in range(max_length):
+    for t in range(max_completion_length):
         logits = F.linear(hidden, model.output_weight()).float()
         logprob = (logits / (temperature or 1.0)).log_softmax(-1)                 # [C7]
         token = choose_token(logprob, temperature, generator)
@@ -287,12 +294,12 @@ def sample(model, prompts, num_generations, max_length, temperature, stop_ids, g
             keep = (~finished[active]).nonzero().squeeze(1)
             active, token = active[keep], token[keep]
             cache.select(keep)
-        if t + 1 == max_length or len(active) == 0:
+        if t + 1 == max_completion_length or len(active) == 0:
             break
         hidden = model(token.unsqueeze(1), cache)[:, 0]
     # Until they are dropped, rows go on after their stop token: cut them there.
     first_stop = torch.isin(tokens, stop_ids).int().argmax(1)
-    length = torch.where(finished, first_stop + 1, max_length).tolist()
+    length = torch.where(finished, first_stop + 1, max_completion_length).tolist()
     prompt_of_row, tokens, logprobs, finished = (
         tensor.tolist() for tensor in (prompt_of_row, tokens, logprobs, finished))
     return [Completion(prompts[prompt_of_row[row]], tokens[row][:length[row]],
@@ -311,7 +318,7 @@ def choose_token(logprob, temperature, generator):
 
 def generate(sampler, tokenizer, examples, num_generations, temperature, generator, args):
     """Sample G completions of each example's prompt, about --sampling-batch-size at a time."""
-    prompts = [tokenizer.encode_prompt(example["prompt"]) for example in examples]
+    prompts = [encode_prompt(example["prompt"], tokenizer) for example in examples]
     size = max(args.sampling_batch_size // num_generations, 1)
     completions = []
     for start in range(0, len(prompts), size):
@@ -370,9 +377,10 @@ def make_micro_batches(mask, lengths, size):
     The first row of a micro-batch is its longest one to learn from. Each process must run the same
     number of them, as FSDP forward passes involve all processes: some add rows with an empty mask.
     """
-    num_rows = int(all_reduce(mask.any(1).sum(), dist.ReduceOp.MAX))
-    return [(slice(start, start + size), slice(0, lengths[start] - 1))
-            for start in range(0, num_rows, size)]
+    max_rows = int(all_reduce(mask.any(1).sum(), dist.ReduceOp.MAX))
+    # A row of n tokens has n - 1 inputs and targets.
+    return [(slice(start, min(start + size, max_rows)), slice(0, lengths[start] - 1))
+            for start in range(0, max_rows, size)]
 
 
 def update(model, reference, optimizer, batch, args):
@@ -386,6 +394,7 @@ def update(model, reference, optimizer, batch, args):
     for iteration in range(args.num_iterations if batch.micro_batches else 0):
         optimizer.zero_grad()
         for part in batch.micro_batches:
+            rows, _ = part
             inputs, targets, mask = batch.inputs[part], batch.targets[part], batch.mask[part]
             logprob = token_logprobs(model, inputs, targets, mask, args.temperature)
             logprobs[part] = logprob.detach()
@@ -396,7 +405,7 @@ def update(model, reference, optimizer, batch, args):
                                                     args.temperature)
             ratio = importance_ratio(logprob, old_logprobs[part], mask,
                                      args.importance_sampling_level)
-            loss = policy_loss(ratio, logprob, batch.advantage[part[0]], args.loss_type,
+            loss = policy_loss(ratio, logprob, batch.advantage[rows], args.loss_type,
                                args.epsilon, args.epsilon_high)
             if reference:
                 loss = loss + args.beta * kl_estimate(
@@ -428,30 +437,30 @@ def train(args, reward=None):
     if args.beta:  # with LoRA it shares the frozen weights of the model
         shared = dict(model.named_parameters()) if args.lora_rank else weights
         reference = make_model(config, shared, device, args, is_reference=True)
-    weights = None if args.model else weights  # a --model can be read again
     sampler = make_sampler(model, device, args)
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, args.learning_rate, weight_decay=0.0, fused=True)
-    with Logger(args, model, optimizer, weights) as log:
+    pretrained = None if args.model else weights  # to resume; a --model can be read again
+    with Logger(args, model, optimizer, pretrained) as log:  # --resume: loads model and optimizer
         update_sampler(sampler, model)
         if log.before is None:  # else --resume has restored it
             log.before = evaluate_for_summary(sampler, tokenizer, heldout, reward, args)
         print_summary("before", log.before, heldout)
-        while not log.stopped() and log.step < args.max_steps:
+        while not log.stopped() and log.step < args.max_steps:  # log.write counts the steps
             start = time.perf_counter()
             warmup = min((log.step + 1) / max(args.warmup_ratio * args.max_steps, 1), 1)
             optimizer.param_groups[0]["lr"] = args.learning_rate * warmup
             rng = random.Random(f"{args.seed} {log.step}")  # the same in all processes
-            examples = [sample_example(rng) for _ in range(args.batch_size)]
+            examples = [sample_example(rng) for _ in range(args.batch_size)]      # [C8]
             generator = torch.Generator(device).manual_seed(rng.randrange(2**31) + get_rank())
             batch, metrics = generate_batch(
                 sampler, tokenizer, local_rows(examples), reward, generator, args)
-            middle = time.perf_counter()
+            sampled_at = time.perf_counter()
             metrics |= update(model, reference, optimizer, batch, args)
             update_sampler(sampler, model)
             num_tokens = metrics["length"] * args.batch_size * args.num_generations
-            metrics["sample_tokens_per_second"] = num_tokens / (middle - start)
-            metrics["update_tokens_per_second"] = num_tokens / (time.perf_counter() - middle)
+            metrics["sample_tokens_per_second"] = num_tokens / (sampled_at - start)
+            metrics["update_tokens_per_second"] = num_tokens / (time.perf_counter() - sampled_at)
             if (log.step + 1) % args.eval_every == 0 or log.step + 1 == args.max_steps:
                 log.score, transcripts = evaluate(sampler, tokenizer, heldout, 0.0, reward, args)
                 log.write_transcripts(transcripts)
@@ -715,11 +724,11 @@ def make_model(config, weights, device, args, is_reference=False):
     if is_reference:
         model.requires_grad_(False)
     if dist.is_initialized():
-        policy = MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32,
-                                      cast_forward_inputs=False)
+        precision = MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32,
+                                         cast_forward_inputs=False)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for module in (*model.model.layers, model):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=precision)
             # Add up the gradients: each process computes a part of the mean.     [C5]
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
@@ -933,10 +942,8 @@ class Characters:
 
     symbols, stop_ids = ["<end>", *"0123456789+="], [0]
 
-    def encode(self, text):
+    def encode(self, text, add_special_tokens=False):
         return [self.symbols.index(character) for character in text]
-
-    encode_prompt = encode
 
     def decode(self, tokens):
         return "".join(self.symbols[token] for token in tokens if token != 0)
@@ -974,62 +981,47 @@ class Tokenizer:
             template = (folder / "chat_template.jinja").read_text("utf-8")
         if isinstance(template, list):  # several, by name
             template = {each["name"]: each["template"] for each in template}.get("default")
-        self.template_source = template or ""
+        self.template_source, self.template = template, None  # compiled when it is needed
 
     def read_json(self, name):
         """Return the content of a file of the folder, {} if it is missing."""
         path = self.folder / name
         return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
-    @functools.cached_property
-    def template(self):
-        """The compiled chat template. The token with which it ends a turn becomes a stop token."""
+    def load_template(self):
+        """Compile the chat template. The token that ends its turns becomes a stop token."""
         import jinja2.sandbox  # the template is code that may not be trusted
-
-        jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
-        # transformers' own tags around what an assistant says: not needed here
-        source = re.sub(r"({%-?\s*)generation(\s*-?%})", r"\1if true\2", self.template_source)
-        source = re.sub(r"({%-?\s*)endgeneration(\s*-?%})", r"\1endif\2", source)
-        template = jinja.from_string(source)
-        turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        text = template.render(messages=turn, **self.template_values)
-        end = self.encode(text.rpartition("answer")[2])[:1]
-        if end and self.tokenizer.get_added_tokens_decoder().get(end[0]):
-            self.stop_ids = list(dict.fromkeys(end + self.stop_ids))
-        return template
-
-    def render(self, messages, is_complete=False):
-        """Return the text of chat messages, up to where an assistant's answer begins.
-
-        An assistant's last message is continued, or ended if is_complete.
-        """
-        import jinja2
 
         if not self.template_source:
             raise ValueError("there are chat messages, but the model has no chat template")
-        check_messages(messages)
-        is_continued = messages[-1]["role"] == "assistant"
+        jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
+        # Some templates mark what an assistant says, with tags that only transformers knows.
+        source = re.sub(r"({%-?\s*)generation(\s*-?%})", r"\1if true\2", self.template_source)
+        source = re.sub(r"({%-?\s*)endgeneration(\s*-?%})", r"\1endif\2", source)
+        self.template = jinja.from_string(source)
+        turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        after_answer = self.render(turn, False).rpartition("answer")[2]
+        first = self.encode(after_answer)[:1]
+        if first and first[0] in self.tokenizer.get_added_tokens_decoder():
+            self.stop_ids += [token for token in first if token not in self.stop_ids]
+
+    def render(self, messages, add_generation_prompt):
+        """Return the text of chat messages, with the beginning of an assistant's turn if wanted."""
+        import jinja2
+
         try:
-            text = self.template.render(
-                messages=messages, add_generation_prompt=not is_continued, tools=None,
+            if self.template is None:
+                self.load_template()
+            return self.template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
                 documents=None, **self.template_values)
         except jinja2.TemplateError as error:
             raise ValueError(f"chat template: {error}") from error
-        if is_continued and not is_complete:
-            content = messages[-1]["content"].strip()
-            text = text[:text.rindex(content) + len(content)]
-        return text
 
-    def encode_prompt(self, prompt):
-        """Return the token ids of a text, or of chat messages through the chat template."""
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt).ids  # with the special tokens of the model
-        return self.encode(self.render(prompt))
-
-    def encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text, add_special_tokens=False):
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, tokens, skip_special_tokens=True):
         return self.tokenizer.decode(tokens, skip_special_tokens)
@@ -1040,22 +1032,14 @@ class Tokenizer:
                 shutil.copy(self.folder / name, folder)
 
 
-def check_messages(messages):
-    """Raise ValueError unless this is a list of chat messages with texts."""
+def check_messages(name, messages):
+    """Raise ValueError unless this value of a row is a list of chat messages with texts."""
     valid = isinstance(messages, list) and messages and all(
         isinstance(message, dict) and isinstance(message.get("content"), str)
         and message.get("role") in ROLES for message in messages)
     if not valid:
-        raise ValueError("expected a text, or chat messages with `content`, a text, and `role`: "
-                         + ", ".join(ROLES))
-
-
-def print_example(tokenizer, prompt, answer):
-    """Print an example as the model sees it, from token ids; the answer is what is trained."""
-    if tokenizer.template_source and "template" not in vars(tokenizer):  # which is made when used
-        print("All prompts are texts: the chat template of the model is not used.")
-    prompt, answer = (tokenizer.decode(ids, False) for ids in (prompt, answer))
-    print(f"An example as the model sees it, the trained part in >>> <<<:\n{prompt}>>>{answer}<<<")
+        raise ValueError(f"`{name}` must be a text, or chat messages with `content`, a text, and "
+                         f"`role`: {', '.join(ROLES)}")
 
 
 def raise_exception(message):
@@ -1084,6 +1068,25 @@ def split_hash(prompt):
     return random.Random(json.dumps(prompt)).random()
 
 
+def encode_prompt(prompt, tokenizer):
+    """Return the token ids of a text, or of chat messages through the chat template.
+
+    If the last message is the assistant's, the model continues it.
+    """
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt, add_special_tokens=True)
+    check_messages("prompt", prompt)
+    is_continued = prompt[-1]["role"] == "assistant"
+    text = tokenizer.render(prompt, add_generation_prompt=not is_continued)
+    if is_continued:
+        content = prompt[-1]["content"].strip()
+        before, _, after = text.rpartition(content)
+        if not before or not content:
+            raise ValueError("the last message cannot be continued: the chat template changes it")
+        text = text.removesuffix(after)
+    return tokenizer.encode(text)
+
+
 def load_examples(args, tokenizer, context_length, reward):
     """Return args with planned evaluations, a function that draws an example, held-out examples.
 
@@ -1095,48 +1098,53 @@ def load_examples(args, tokenizer, context_length, reward):
                          f"prompt, as --max-length is {args.max_length} and the model has "
                          f"{context_length} positions")
     if not args.data:
-        rng = random.Random("held out")
+        args, rng = plan_evaluations(args, 10_000), random.Random("held out")
         return args, addition, [addition(rng, held_out=True) for _ in range(args.eval_prompts)]
 
-    def parse(row):
+    def check(row):
         if reward is default_reward:
             check_answer(row.get("answer"), tokenizer, args.max_completion_length)
-        length = len(tokenizer.encode_prompt(row.get("prompt")))
+        length = len(encode_prompt(row.get("prompt"), tokenizer))
         if length == 0:
             raise ValueError("the prompt is empty")
         return row if length <= room else None
 
-    rows = read_rows(args.data, parse, args.skip_bad_rows)
-    rows.sort(key=lambda row: split_hash(row["prompt"]))
+    # Sorted by split_hash, which is random but equal for equal prompts, held-out rows come first.
+    rows = sorted(read_rows(args.data, check, args.skip_bad_rows),
+                  key=lambda row: split_hash(row["prompt"]))
     args = plan_evaluations(args, len(rows))
-    last = rows[args.eval_prompts - 1]  # equal prompts stay together
-    heldout = [row for row in rows if split_hash(row["prompt"]) <= split_hash(last["prompt"])]
+    limit = split_hash(rows[args.eval_prompts - 1]["prompt"])
+    heldout = [row for row in rows if split_hash(row["prompt"]) <= limit]
     train_rows = rows[len(heldout):]
     if not train_rows:
         raise SystemExit(f"--data {args.data}: needs two different prompts, as one is held out")
     if get_rank() == 0:
         print(f"{len(train_rows)} prompts to learn from, {len(heldout)} held out; {args.max_steps} "
               f"batches of {args.batch_size} prompts, an evaluation every {args.eval_every}")
-        print_example(tokenizer, tokenizer.encode_prompt(train_rows[0]["prompt"]), [])
+        prompt = encode_prompt(train_rows[0]["prompt"], tokenizer)
+        print(f"A prompt as the model sees it:\n{tokenizer.decode(prompt, False)}")
+        if tokenizer.template_source and not tokenizer.template:
+            print("All prompts are texts: the chat template of the model is not used.")
     return args, lambda rng: rng.choice(train_rows), heldout
 
 
-def check_answer(answer, tokenizer, max_length):
-    """Raise ValueError unless default_reward can find it in a completion of max_length tokens."""
+def check_answer(answer, tokenizer, max_completion_length):
+    """Raise ValueError unless a completion can contain the answer that default_reward looks for."""
     if not isinstance(answer, (str, int, float)):
         raise ValueError("`answer` must be a text or a number; another reward may do without it")
     length = len(tokenizer.encode(final_answer(str(answer))))
-    if not 0 < length <= max_length:
-        raise ValueError(f"`answer` has {length} tokens; 1 to {max_length} are possible")
+    if not 0 < length <= max_completion_length:
+        raise ValueError(f"`answer` has {length} tokens; 1 to {max_completion_length} are possible")
 
 
 def plan_evaluations(args, num_rows):
-    """Fill in --eval-prompts and --eval-every where they are 0: about 10 % of the run's time.
+    """Fill in --eval-prompts and --eval-every where they are 0: at most about 10 % of the time.
 
-    Training on a completion takes about 2.5 times as long as generating it. The summary evaluates
-    twice before and twice after training.
+    A batch takes about 2.5 times as long as generating its completions. There are at most 20
+    evaluations, and two summaries with two evaluations each.
     """
-    budget = 0.1 * 2.5 * args.max_steps * args.batch_size * args.num_generations  # in completions
+    num_trained = args.max_steps * args.batch_size * args.num_generations
+    budget = 0.1 * 2.5 * num_trained  # completions of all evaluations
     num_prompts = args.eval_prompts or int(min(256, budget / 8))
     num_prompts = max(min(num_prompts, num_rows // 10), 1)
     num_evaluations = max(min(budget / num_prompts - 4, 20), 1)
@@ -1144,26 +1152,22 @@ def plan_evaluations(args, num_rows):
     return replace(args, eval_prompts=num_prompts, eval_every=every)
 
 
-def read_rows(path, parse, skip_bad_rows):
-    """Return parse(row) of all rows (dicts) of a file.
+def read_rows(path, check, skip_bad_rows):
+    """Return check(row) of all rows (dicts) of a file.
 
-    parse raises ValueError for a bad row, which ends the run, or is counted if skip_bad_rows.
+    check raises ValueError for a bad row, which ends the run, or is counted if skip_bad_rows.
     It returns None for a row that is too long.
     """
     rows, bad = [], Counter()
-    for number, row in read_json(Path(path)):
-        place = "line" if isinstance(row, str) else "item"
+    for place, row in read_json(Path(path)):
         try:
-            row = json.loads(row) if place == "line" else row
             if not isinstance(row, dict):
-                raise ValueError("not a JSON object")
-            rows.append(parse(row))
+                raise ValueError("not a JSON object; expected JSON lines or a JSON array")
+            rows.append(check(row))
         except ValueError as error:
-            is_json = not isinstance(error, json.JSONDecodeError)
-            reason = str(error) if is_json else "not JSON; expected JSON lines or a JSON array"
             if not skip_bad_rows:
-                raise SystemExit(f"--data {path}, {place} {number}: {reason}") from error
-            bad[reason] += 1
+                raise SystemExit(f"--data {path}, {place}: {error}") from error
+            bad[str(error)] += 1
     used = [row for row in rows if row is not None]
     if get_rank() == 0:
         print(f"--data {path}: {len(rows) + bad.total()} rows, of which "
@@ -1176,16 +1180,27 @@ def read_rows(path, parse, skip_bad_rows):
 
 
 def read_json(path):
-    """Yield (number, line) for JSON lines, (number, item) for a JSON array; .gz is unpacked."""
+    """Yield the place and the value of each line of JSON lines, or of each item of a JSON array."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             is_array = file.read(100).lstrip().startswith("[")
             file.seek(0)
-            rows = enumerate(json.load(file) if is_array else file, 1)
-            yield from (row for row in rows if is_array or row[1].strip())
+            if is_array:
+                yield from ((f"item {n}", row) for n, row in enumerate(json.load(file), 1))
+            else:
+                yield from ((f"line {n}", parse_json(line))
+                            for n, line in enumerate(file, 1) if line.strip())
     except (OSError, EOFError, ValueError) as error:
         raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
+
+
+def parse_json(line):
+    """Return the value of a line of JSON, None if it is not JSON."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
@@ -1240,8 +1255,8 @@ def pretrain(args, device):
             nn.init.normal_(param, std=0.1)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=True)
     rng = random.Random(f"pretrain {args.seed}")
-    hidden = None if get_rank() == 0 else True  # None: only in a terminal
-    for step in tqdm(range(args.pretrain_steps), "pretraining", leave=False, disable=hidden):
+    disable = None if get_rank() == 0 else True  # None: the bar is shown only in a terminal
+    for step in tqdm(range(args.pretrain_steps), "pretraining", leave=False, disable=disable):
         remaining = 1 - step / args.pretrain_steps
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 3 * remaining)
         examples = [addition(rng) for _ in range(256)]
@@ -1270,7 +1285,7 @@ def evaluate(sampler, tokenizer, examples, temperature, reward, args):
 
 def evaluate_for_summary(sampler, tokenizer, examples, reward, args):
     """Return what print_summary compares: greedy and sampled reward, and some completions."""
-    sampled, _ = evaluate(sampler, tokenizer, examples, 1.0, reward, args)
+    sampled, _ = evaluate(sampler, tokenizer, examples, args.temperature, reward, args)
     greedy, transcripts = evaluate(sampler, tokenizer, examples, 0.0, reward, args)
     return {"greedy": greedy, "sampled": sampled, "transcripts": transcripts}
 
@@ -1293,20 +1308,21 @@ def load_checkpoint(folder):
     return torch.load(Path(folder) / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
 
 
-PROGRESS = ("step", "seconds", "csv_size", "score", "before")  # of Logger, in a checkpoint
+PROGRESS = ("step", "seconds", "score", "before")  # of Logger, in a checkpoint
 
 
 class Logger:
     """Writes the run's folder (args.json, metrics.csv, transcripts.jsonl, checkpoint.pt), the
     progress bar and wandb.
 
-    before: the evaluation before training. weights: what the model was made from.
+    With --resume it loads the model, the optimizer and the progress. before: the evaluation before
+    training. pretrained: the weights before GRPO, for the checkpoint.
     """
 
-    def __init__(self, args, model, optimizer, weights):
-        self.args, self.model, self.optimizer, self.weights = args, model, optimizer, weights
-        self.step, self.seconds, self.csv_size = 0, 0.0, 0
-        self.score, self.before, self.wandb, self.interrupted = math.nan, None, None, False
+    def __init__(self, args, model, optimizer, pretrained):
+        self.args, self.model, self.optimizer, self.pretrained = args, model, optimizer, pretrained
+        self.step, self.seconds, self.score, self.before = 0, 0.0, math.nan, None
+        self.wandb, self.interrupted = None, False
         task = Path(args.data).stem or "addition"
         name = [f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
         if dist.is_initialized():
@@ -1319,15 +1335,15 @@ class Logger:
         self.start, self.saved_at = time.perf_counter() - self.seconds, time.perf_counter()
         self.bar = tqdm(total=args.max_steps, initial=self.step, unit=" batches",
                         disable=None if get_rank() == 0 else True)
-        signal.signal(signal.SIGINT, self.interrupt)
+        self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
         if get_rank() > 0:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
-        self.csv = (self.dir / "metrics.csv").open("a", buffering=1)
-        # Drop rows that are newer than the checkpoint.
-        self.csv.truncate(min(self.csv_size, self.csv.tell()))
-        self.csv.seek(0, os.SEEK_END)
+        path = self.dir / "metrics.csv"  # a header and a row for each batch
+        lines = path.read_text().splitlines(keepends=True)[:self.step + 1] if self.step else []
+        self.csv = path.open("w", buffering=1)
+        self.csv.writelines(lines)  # not those that are newer than the checkpoint
         self.transcripts = (self.dir / "transcripts.jsonl").open("a", buffering=1)
         if args.track:
             import wandb
@@ -1352,7 +1368,7 @@ class Logger:
         return all_reduce(condition, dist.ReduceOp.MAX).item() > 0
 
     def write(self, **metrics):
-        """Log one batch."""
+        """Count and log one batch; save a checkpoint from time to time."""
         self.step += 1
         self.seconds = time.perf_counter() - self.start
         self.bar.set_postfix(score=f"{self.score:.3f}", refresh=False)
@@ -1365,7 +1381,6 @@ class Logger:
             print(*row.values(), sep=",", file=self.csv)
             if self.wandb:
                 self.wandb.log(row, step=self.step)
-            self.csv_size = self.csv.tell()
         waited = time.perf_counter() - self.saved_at
         if self.any_process(get_rank() == 0 and waited >= self.args.checkpoint_seconds):
             self.save()
@@ -1386,7 +1401,7 @@ class Logger:
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         state = {"args": asdict(self.args), "optimizer": None,
                  "progress": {name: getattr(self, name) for name in PROGRESS},
-                 "pretrained": self.weights,
+                 "pretrained": self.pretrained,
                  "model": dcp.get_model_state_dict(self.model, options=options)}
         if self.optimizer.state:  # if it is empty, dcp would take a step to create it
             state["optimizer"] = dcp.get_optimizer_state_dict(
@@ -1405,14 +1420,14 @@ class Logger:
         if saved["optimizer"]:
             dcp.set_optimizer_state_dict(
                 self.model, self.optimizer, saved["optimizer"], options=options)
-            self.optimizer.param_groups[0]["lr"] = self.args.learning_rate
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
-        # After an error in one of several processes the others would wait forever.
+        signal.signal(signal.SIGINT, self.old_handler)
+        # Saving needs all processes. After an error in one, the others are elsewhere.
         if kind is None or (issubclass(kind, Exception) and not dist.is_initialized()):
             self.save()
         if get_rank() == 0 and kind is not SystemExit:  # a mistake of the user's has its own line

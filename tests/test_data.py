@@ -62,6 +62,14 @@ def question(text, answer=None):
 # Chat templates
 
 
+def prompt_ids(script, tokenizer, prompt):
+    """What a script makes of a prompt."""
+    if script is grpo:
+        return grpo.encode_prompt(prompt, tokenizer)
+    rest = {"chosen": "a", "rejected": "b"}
+    return list(dpo.read_pair({"prompt": prompt} | rest, tokenizer, 500)[1].prompt)
+
+
 @pytest.mark.parametrize("template", ["chatml", "qwen", "llama3"])
 def test_prompts_equal_transformers(script, template, tmp_path):
     folder = make_folder(tmp_path / "model", template)
@@ -71,12 +79,25 @@ def test_prompts_equal_transformers(script, template, tmp_path):
     longer = question("a", "b") + question("c")
     for messages in (question("Hi there"), system + question("Hi"), longer):
         expected = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        assert ours.encode_prompt(messages) == list(expected)
+        assert prompt_ids(script, ours, messages) == list(expected)
+    assert prompt_ids(script, ours, "Hi there") == theirs("Hi there")["input_ids"]
+
+
+@pytest.mark.parametrize("template", ["chatml", "qwen", "llama3"])
+def test_message_of_the_assistant_is_continued(template, tmp_path):
+    folder = make_folder(tmp_path / "model", template)
+    ours, theirs = grpo.Tokenizer(folder, {}), transformers.AutoTokenizer.from_pretrained(folder)
     started = question("Count.", "One, two, ")
     expected = theirs.apply_chat_template(started, continue_final_message=True)["input_ids"]
-    text = ours.decode(ours.encode_prompt(started), False)
+    text = ours.decode(grpo.encode_prompt(started, ours), False)
     assert text.rstrip() == theirs.decode(expected).rstrip()
-    assert ours.encode_prompt("Hi there") == theirs("Hi there")["input_ids"]
+
+
+def test_message_that_the_template_changes_cannot_be_continued(tmp_path):
+    folder = make_folder(tmp_path, "chatml")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }} {% endfor %}")
+    with pytest.raises(ValueError, match="cannot be continued"):
+        grpo.encode_prompt(question("Count.", "One"), grpo.Tokenizer(folder, {}))
 
 
 @pytest.mark.parametrize("template", ["chatml", "qwen", "llama3"])
@@ -97,7 +118,8 @@ def test_pairs_equal_transformers_up_to_the_stop_token(template, tmp_path):
 
 def test_values_for_the_template(script, tmp_path):
     tokenizer = script.Tokenizer(make_folder(tmp_path, "qwen"), {"enable_thinking": False})
-    assert tokenizer.render(question("Hi")).endswith("assistant\n<think>\n\n</think>\n\n")
+    text = tokenizer.render(question("Hi"), True)
+    assert text.endswith("assistant\n<think>\n\n</think>\n\n")
 
 
 def test_stop_token_is_the_one_that_ends_a_turn(script, tmp_path):
@@ -106,33 +128,37 @@ def test_stop_token_is_the_one_that_ends_a_turn(script, tmp_path):
     tokenizer = script.Tokenizer(folder, {})
     end_of_text, _, im_end = range(256, 259)
     assert tokenizer.stop_ids == [end_of_text]
-    tokenizer.encode_prompt(question("Hi"))
-    assert tokenizer.stop_ids == [im_end, end_of_text]
+    prompt_ids(script, tokenizer, question("Hi"))
+    assert tokenizer.stop_ids == [end_of_text, im_end]
+    if script is dpo:  # a text ends as the files say, an answer in a conversation as the template
+        ends = [dpo.read_pair({"prompt": prompt, "chosen": "a", "rejected": "b"}, tokenizer, 99)
+                [1].chosen[-1] for prompt in ("Hi", question("Hi"), "Hi")]
+        assert ends == [end_of_text, im_end, end_of_text]
 
 
 def test_template_is_compiled_only_for_messages(script, tmp_path):
     (make_folder(tmp_path, "chatml") / "chat_template.jinja").write_text("{% broken")
     tokenizer = script.Tokenizer(tmp_path, {})
-    assert tokenizer.encode_prompt("Hi") == tokenizer.encode("Hi")
+    assert prompt_ids(script, tokenizer, "Hi") == tokenizer.encode("Hi")
     with pytest.raises(ValueError, match="chat template"):
-        tokenizer.encode_prompt(question("Hi"))
+        prompt_ids(script, tokenizer, question("Hi"))
 
 
 @pytest.mark.parametrize("messages", [
-    [], "Hi", [1], [{"role": "human", "content": "Hi"}], [{"role": "user"}], [{"content": "Hi"}],
-    [{"role": "user", "content": None}], [{"role": "user", "content": [{"text": "Hi"}]}], None])
+    [], [1], [{"role": "human", "content": "Hi"}], [{"role": "user"}], [{"content": "Hi"}],
+    [{"role": "user", "content": None}], [{"role": "user", "content": [{"text": "Hi"}]}], 5])
 def test_what_is_no_conversation_is_refused(script, chatml, messages):
-    with pytest.raises(ValueError, match="expected a text, or chat messages"):
-        script.Tokenizer.render(chatml, messages)
+    with pytest.raises(ValueError, match=r"`prompt`.* must be"):
+        prompt_ids(script, chatml, messages)
 
 
-def test_example_is_printed_with_special_tokens(script, chatml, capsys):
-    script.print_example(chatml, chatml.encode_prompt("Hi"), [*chatml.encode("you"), 258])
-    out = capsys.readouterr().out
-    assert "Hi>>>you<|im_end|><<<" in out and "template of the model is not used" in out
-    script.print_example(chatml, chatml.encode_prompt(question("Hi")), [])
-    out = capsys.readouterr().out
-    assert "<|im_start|>user\nHi<|im_end|>" in out and "not used" not in out
+def test_example_is_printed_with_special_tokens(chatml, capsys):
+    for prompt, start in (("Hi", "Hi"), (question("Hi"), CHAT.format("Hi"))):
+        row = {"prompt": prompt, "chosen": "you", "rejected": "he"}
+        dpo.print_example(dpo.read_pair(row, chatml, 99)[1], chatml)
+        out = capsys.readouterr().out
+        assert f"{start}>>>you<|im_end|><<<" in out and ">>>he<|im_end|><<<" in out
+        assert ("template of the model is not used" in out) == (prompt == "Hi")
 
 
 # Layouts of preference data
@@ -200,16 +226,16 @@ def test_an_answer_of_several_turns_is_trained_to_its_last_stop_token(chatml):
 
 
 @pytest.mark.parametrize("row, words", [
-    ({"prompt": "Hi", "chosen": "a"}, "expected a text"),
-    ({"prompt": "Hi", "chosen": "a", "rejected": " "}, "an answer is empty"),
+    ({"prompt": "Hi", "chosen": "a"}, "`rejected` must be a text, or chat messages"),
+    ({"prompt": "Hi", "chosen": "a", "rejected": " "}, "`rejected` is empty"),
     ({"prompt": "", "chosen": "a", "rejected": "b"}, "prompt is empty"),
     ({"prompt": "Hi", "chosen": "a", "rejected": "a"}, "equal"),
     ({"prompt": 5, "chosen": "a", "rejected": "b"}, "must be texts, or messages"),
     ({"prompt": question("Hi"), "chosen": question("Hi"),
-      "rejected": question("Hi", "b")}, "empty"),
-    ({"chosen": question("Hi", "a"), "rejected": question("Hi", "a")}, "must not be empty"),
-    ({"chosen": question("Hi", "a"), "rejected": question("Ho", "a")}, "begin with a message"),
-    ({"chosen": question("Hi", "a"), "rejected": "b"}, "begin with a message"),
+      "rejected": question("Hi", "b")}, "both must go on"),
+    ({"chosen": question("Hi", "a"), "rejected": question("Hi", "a")}, "both must go on"),
+    ({"chosen": question("Hi", "a"), "rejected": question("Ho", "a")}, "`prompt` must be"),
+    ({"chosen": question("Hi", "a"), "rejected": "b"}, "`prompt` must be"),
     ({"chosen": question("Hi", "a") + question("x"),
       "rejected": question("Hi", "a") + question("y")}, "begin with a message"),
     ({"chosen": "left", "rejected": "right"}, "prompt is empty"),
@@ -285,9 +311,9 @@ def test_bad_rows_are_named_or_counted_by_reason(script, tmp_path, capsys):
     assert script.read_rows(path, parse, True) == [{"n": n} for n in (0, 2, 4)]
     out = capsys.readouterr().out
     assert "12 rows, of which 2 are too long and 7 bad" in out and "5 skipped: odd" in out
-    assert "1 skipped: not JSON" in out and "1 skipped: not a JSON object" in out
+    assert "2 skipped: not a JSON object" in out
     path.write_text("prompt,answer\n")
-    with pytest.raises(SystemExit, match="line 1: not JSON; expected JSON lines or"):
+    with pytest.raises(SystemExit, match="line 1: not a JSON object; expected JSON lines or"):
         script.read_rows(path, parse, False)
     path.write_text("[{\"n\": 0}, {\"n\": 1}]")
     with pytest.raises(SystemExit, match="item 2: odd"):
@@ -312,7 +338,7 @@ def test_prompts_reach_the_reward_with_all_columns(chatml, tmp_path, capsys):
     assert len(heldout) == 1 and all(row in rows for row in drawn + heldout)
     assert len({json.dumps(row) for row in drawn}) == 3
     out = capsys.readouterr().out
-    assert "3 prompts to learn from, 1 held out" in out and ">>>" in out
+    assert "3 prompts to learn from, 1 held out" in out and "as the model sees it:\n" in out
 
 
 def test_only_the_default_reward_needs_answers(chatml, tmp_path):
@@ -389,6 +415,9 @@ def test_evaluations_take_a_tenth_of_a_run():
         assert cost <= 0.11 * 2.5 * steps * batch * 8
         assert args.eval_prompts <= min(256, rows // 10) and steps // args.eval_every <= 20
         assert args.eval_prompts == 256 or cost > 0.03 * 2.5 * steps * batch * 8 or rows < 100
+    tiny = grpo.default_args(eval_every=0, eval_prompts=0)
+    args, _, heldout = grpo.load_examples(tiny, grpo.Characters(), 64, grpo.exact_match)
+    assert len(heldout) == args.eval_prompts == 256 and args.eval_every == 15
     args = grpo.plan_evaluations(arguments(eval_prompts=7, eval_every=3), 1000)
     assert (args.eval_prompts, args.eval_every) == (7, 3)
     assert grpo.plan_evaluations(arguments(eval_prompts=7), 40).eval_prompts == 4
@@ -409,12 +438,12 @@ def test_every_pair_is_used_once_in_an_epoch():
     assert dpo.batch_indices(0, 23, args) != dpo.batch_indices(0, 23, other)
 
 
-def test_step_size_rises_and_falls():
+def test_learning_rate_rises_and_falls():
     args = dpo.default_args(learning_rate=1.0, warmup_ratio=0.2)
-    rates = [dpo.step_size(step, 10, args) for step in range(10)]
+    rates = [dpo.learning_rate_at(step, 10, args) for step in range(10)]
     assert rates == pytest.approx([0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
     args = dpo.default_args(learning_rate=1.0, warmup_ratio=0.0)
-    assert [dpo.step_size(step, 4, args) for step in range(4)] == [1, 0.75, 0.5, 0.25]
+    assert [dpo.learning_rate_at(step, 4, args) for step in range(4)] == [1, 0.75, 0.5, 0.25]
 
 
 def test_plan_of_a_run(capsys):
@@ -426,10 +455,10 @@ def test_plan_of_a_run(capsys):
             ({"num_epochs": 1, "batch_size": 10, "max_steps": 25}, 105, 11, 25, 8),
             ({"num_epochs": 1, "batch_size": 16}, 60_000, 256, 3750, 107)):
         args = dpo.default_args(eval_every=0, **flags)
-        cut = [dpo.Pair([1], [2], [3, 0])]
+        cut = [dpo.Pair([1], [2], [3])]
         result = dpo.plan([pair] * (pairs - 1) + cut, [pair] * heldout, tokenizer, args)
         assert result == (steps, every)
-        assert (f"{pairs} pairs to learn from, {heldout} held out, 1 of them cut; {steps} batches"
+        assert (f"{pairs} pairs to learn from, {heldout} held out; 2 answers cut; {steps} batches"
                 in capsys.readouterr().out)
         evaluations = 1 + steps // every
         assert evaluations * heldout <= 0.06 * 3 * steps * args.batch_size + 2 * heldout

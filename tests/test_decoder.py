@@ -273,7 +273,7 @@ def test_chat_template_equals_transformers(script, place, tmp_path):
     expected = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         messages, add_generation_prompt=True
     )["input_ids"]
-    assert text.encode_prompt(messages) == list(expected) and text.stop_ids == [3, 17]
+    assert text.encode(text.render(messages, True)) == list(expected) and text.stop_ids == [3, 17]
 
 
 def test_template_by_name_and_with_loop_controls(script, tmp_path):
@@ -284,7 +284,7 @@ def test_template_by_name_and_with_loop_controls(script, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     messages = [{"role": "user", "content": text} for text in ("w5 w6", "w7")]
     text = load(script, tmp_path)[1]
-    assert text.encode_prompt(messages) == [5, 6]
+    assert text.encode(text.render(messages, True)) == [5, 6]
 
 
 def test_saved_truncation_and_padding_are_ignored(script, tmp_path):
@@ -301,13 +301,13 @@ def test_template_cannot_reach_the_system(script, tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     _, text = load(script, tmp_path)
     with pytest.raises(Exception, match="unsafe"):
-        text.encode_prompt([{"role": "user", "content": "w1"}])
+        text.render([{"role": "user", "content": "w1"}], True)
 
 
 def test_messages_without_template_are_refused(script, tmp_path):
     write(tmp_path, "llama")
     with pytest.raises(ValueError, match="chat template"):
-        load(script, tmp_path)[1].encode_prompt([{"role": "user", "content": "w1"}])
+        load(script, tmp_path)[1].render([{"role": "user", "content": "w1"}], True)
 
 
 # A real small model
@@ -356,7 +356,7 @@ QUESTION = [{"role": "user", "content": "What is 12 + 7? Answer with the number 
 def test_small_real_model(smollm2):
     folder, peer, tokenizer = smollm2
     model, text = load(grpo, folder)
-    prompt = text.encode_prompt(QUESTION)
+    prompt = text.encode(text.render(QUESTION, True))
     assert prompt == list(
         tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)["input_ids"]
     )
@@ -393,7 +393,7 @@ def test_three_steps_of_a_small_real_model(smollm2, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
     model, text = load(grpo, run / "model")
     assert not torch.equal(model.model.norm.weight, load(grpo, folder)[0].model.norm.weight)
-    tokens = torch.tensor([text.encode_prompt(QUESTION)])
+    tokens = torch.tensor([text.encode(text.render(QUESTION, True))])
     assert tokens[0].tolist() == list(
         tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)["input_ids"]
     )

@@ -66,6 +66,24 @@ def random_pairs(count=6, seed=0):
     return [dpo.Pair(some(1, 9), [*some(1, 6), 0], [*some(1, 6), 0]) for _ in range(count)]
 
 
+def num_columns(pair):
+    """Inputs of the longer row."""
+    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) - 1
+
+
+def padded(pairs):
+    """The rows that answer_logprobs gives the model, (P, 2, L) each."""
+    seen = []
+
+    def watch(model, inputs, targets, mask):
+        seen.extend((inputs, targets, mask))
+        return torch.zeros(mask.shape)
+
+    with mock.patch.object(dpo, "token_logprobs", watch):
+        dpo.answer_logprobs(None, pairs, CPU)
+    return [tensor.unflatten(0, (-1, 2)) for tensor in seen]
+
+
 def lengths(pairs):
     return torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
 
@@ -275,8 +293,8 @@ def test_metrics_of_an_empty_group_are_nan():
 def test_rows_are_chosen_then_rejected_and_only_answers_are_trained():
     """The trained targets are the answer with its stop token, nothing of prompt and padding."""
     pairs = random_pairs(5)
-    inputs, targets, mask = dpo.pad_pairs(pairs, CPU)
-    assert inputs.shape == targets.shape == mask.shape == (5, 2, max(map(dpo.num_columns, pairs)))
+    inputs, targets, mask = padded(pairs)
+    assert inputs.shape == targets.shape == mask.shape == (5, 2, max(map(num_columns, pairs)))
     for i, pair in enumerate(pairs):
         for j, answer in enumerate((pair.chosen, pair.rejected)):
             assert targets[i, j][mask[i, j]].tolist() == answer and answer[-1] == 0
@@ -290,7 +308,7 @@ def test_pairs_are_sorted_longest_first():
     assert sorted(numbers) == [0, 2, 5, 7]
     columns = [max(len(p) + len(c), len(p) + len(r)) - 1 for p, c, r in pairs]
     assert [columns[i] for i in numbers] == sorted((columns[i] for i in (0, 2, 5, 7)), reverse=True)
-    assert [dpo.num_columns(pair) for pair in pairs] == columns and len({*columns}) > 4
+    assert [num_columns(pair) for pair in pairs] == columns and len({*columns}) > 4
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 100])
@@ -304,7 +322,7 @@ def test_scores_equal_plain_rows(micro_batch_size):
 
 def test_log_probabilities_do_not_depend_on_the_chunks():
     model = make_tiny()
-    rows = [tensor.flatten(0, 1) for tensor in dpo.pad_pairs(random_pairs(4), CPU)]
+    rows = [tensor.flatten(0, 1) for tensor in padded(random_pairs(4))]
     results = []
     for size in (1, 7, 1024):
         logprob = dpo.token_logprobs(model, *rows, chunk_size=size)
@@ -570,6 +588,14 @@ def test_held_out_sums_are_in_nothing_that_is_learned_from(tmp_path, monkeypatch
     assert len(lines) == 1000 and set(json.loads(lines[0])) == {"prompt", "chosen", "rejected"}
 
 
+def test_few_pairs_keep_held_out_sums_apart(tmp_path):
+    args, model = flags(train_pairs=60, eval_pairs=40), make_tiny()
+    pairs, heldout = dpo.load_pairs(args, TEXT, model, tmp_path)
+    for part, is_held_out in ((pairs, False), (heldout, True)):
+        splits = [dpo.split_hash(TEXT.decode(pair.prompt)) < 0.1 for pair in part]
+        assert splits == [is_held_out] * (40 if is_held_out else 60)
+
+
 def test_measures_of_the_sums_by_hand(monkeypatch):
     """All 1,000 answers: probabilities, E[r], KL to the reference and to the best policy."""
     model, args = make_tiny(), flags(beta=2.0)
@@ -619,8 +645,9 @@ MODEL = SimpleNamespace(config={"max_position_embeddings": 64})
 class Letters(dpo.Characters):
     """With a chat template: the content of the last message."""
 
-    def render(self, messages, is_complete=False):
-        dpo.check_messages(messages)
+    template_source = template = None
+
+    def render(self, messages, add_generation_prompt):
         return messages[-1]["content"]
 
 
@@ -645,10 +672,10 @@ def test_only_a_newline_ends_a_row(tmp_path):
 
 
 BAD_ROWS = [
-    ("{", ["JSON"]),
+    ("{", ["not a JSON object"]),
     ([1], ["object"]),
     ("null", ["object"]),
-    ({"prompt": "1", "chosen": "2"}, ["expected a text"]),
+    ({"prompt": "1", "chosen": "2"}, ["`rejected` must be a text"]),
     ({"chosen": "1", "rejected": "2"}, ["prompt"]),
     (GOOD | {"chosen": "3"}, ["equal"]),
     (GOOD | {"chosen": " "}, ["empty"]),
@@ -656,7 +683,7 @@ BAD_ROWS = [
     (GOOD | {"prompt": ""}, ["prompt is empty"]),
     (GOOD | {"prompt": "é"}, []),
     (GOOD | {"prompt": 7}, ["texts"]),
-    (GOOD | {"chosen": [1, 2]}, ["expected a text"]),
+    (GOOD | {"chosen": [1, 2]}, ["`chosen` must be a text"]),
     (GOOD | {"chosen": [{"role": "assistant"}]}, ["content"]),
 ]
 
@@ -696,7 +723,7 @@ def test_answers_are_tokenized_apart_from_the_prompt_and_end_with_the_stop_token
     split, pair = dpo.read_pair(GOOD | {"chosen": "42"}, TEXT, 64)
     assert split == dpo.split_hash("1+1=") and [*map(list, pair)] == [
         TEXT.encode("1+1="), [*TEXT.encode("42"), 0], [*TEXT.encode("3"), 0]]
-    several = SimpleNamespace(encode=TEXT.encode, encode_prompt=TEXT.encode, stop_ids=[5, 0])
+    several = SimpleNamespace(encode=TEXT.encode, stop_ids=[5, 0])
     assert list(dpo.read_pair(GOOD, several, 64)[1].rejected) == [*TEXT.encode("3"), 5]
 
 
@@ -923,7 +950,7 @@ def test_batches_evaluations_and_step_sizes(llama, tmp_path, capsys, monkeypatch
     def spy(model, optimizer, pairs, ref_logprob, args):
         group = optimizer.param_groups[0]
         seen.append((group["lr"], group["weight_decay"], frozenset(map(str, pairs))))
-        columns = [dpo.num_columns(pair) for pair in pairs]
+        columns = [num_columns(pair) for pair in pairs]
         assert columns == sorted(columns, reverse=True) and type(optimizer) is torch.optim.AdamW
         return update(model, optimizer, pairs, ref_logprob, args)
 
@@ -994,6 +1021,12 @@ def test_a_checkpoint_before_the_first_update_changes_nothing(
     assert read_checkpoint(two)["progress"]["step"] == 0 and not (two / "model").exists()
     assert call(capsys, "--resume", two)[0] == 0
     assert_same_run(one, two)
+
+
+def test_handler_of_ctrl_c_is_restored(llama, tmp_path, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    assert call(capsys, *llama, "--max-steps", 1, "--run-dir", tmp_path)[0] == 0
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_second_ctrl_c_stops_at_once(llama, tmp_path, capsys, monkeypatch):

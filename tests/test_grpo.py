@@ -1231,6 +1231,12 @@ def test_ctrl_c_finishes_the_batch_saves_and_exits_with_130(tmp_path, capsys):
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
 
 
+def test_handler_of_ctrl_c_is_restored(tmp_path, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    assert call(capsys, *SHORT, "--max-steps", 1, "--run-dir", tmp_path)[0] == 0
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_second_ctrl_c_stops_at_once(tmp_path, capsys):
     calls = count()
 
