@@ -1,0 +1,96 @@
+"""benchmarks/gpu.py runs on the CPU with tiny sizes, and its comparisons notice errors."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    spec = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks" / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu"] = module  # for its dataclass
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(gpu, tmp_path):
+    return gpu.Run(part=0, out=tmp_path, device="cpu", quick=True, work=tmp_path)
+
+
+def test_a_wrong_gradient_is_noticed(gpu):
+    right = gpu.dpo_update("cpu")
+    assert gpu.difference(right, right) == 0
+    for name, gradient in right.items():
+        for wrong in (1.01 * gradient, -gradient, gradient + float("nan")):
+            changed = gpu.difference(right | {name: wrong}, right)
+            # Gradients that are nearly 0 count less.
+            assert changed > (1e-4 if gradient.norm() > 0.1 else 1e-6), name
+    with pytest.raises(ValueError, match="loss"):
+        gpu.difference({name: right[name] for name in right if name != "loss"}, right)
+
+
+@pytest.mark.parametrize("name", ["reinforce", "reinforce_baseline", "actor_critic", "ppo vectors",
+                                  "grpo", "dpo"])
+def test_updates_have_gradients(gpu, name):
+    result = gpu.UPDATES[name]("cpu")
+    assert all(gradient.abs().sum() > 0 for gradient in result.values())
+
+
+def test_a_check_holds_up_to_its_limit(gpu, run):
+    for value in (1.0, 1.1, float("nan")):
+        run.check("name", value, 1.0)
+    assert [row["holds"] for row in gpu.read_results(run.out)] == [True, False, False]
+
+
+def test_wrong_frequencies_are_noticed(gpu):
+    probs = torch.tensor([0.2, 0.3, 0.5])
+    tokens = probs.multinomial(100_000, replacement=True)
+    assert gpu.frequency_error(tokens, probs) < 5
+    assert gpu.frequency_error(tokens, torch.tensor([0.21, 0.29, 0.5])) > 5
+
+
+def test_a_part_is_cut_off_left_out_or_fails(gpu, run, monkeypatch):
+    gpu.run_part(run, seconds=0.2)
+    monkeypatch.setitem(gpu.PARTS, 1, (gpu.right, 90, ("gymnasium", "no_such_package")))
+    gpu.run_part(replace(run, part=1), seconds=90)
+    gpu.run_part(replace(run, part=6, device="no_such_device"), seconds=90)
+    cut_off, left_out, failed = gpu.read_results(run.out)
+    assert cut_off["cut_off_after_seconds"] == 0
+    assert left_out["left_out"] == "not installed: no_such_package"
+    assert "no_such_device" in failed["failed"]
+    assert gpu.table([left_out]).endswith("| 1 | part | left_out not installed: no_such_package |")
+
+
+@pytest.mark.slow
+def test_all_parts_on_the_cpu(gpu, tmp_path):
+    folder, out = tmp_path / "empty", tmp_path / "out"
+    folder.mkdir()
+    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--out", out, "--device", "cpu",
+               "--quick"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not list(folder.iterdir())
+    assert {row["part"] for row in results} == set(gpu.PARTS)
+    assert not [row for row in results if "cut_off_after_seconds" in row or "failed" in row]
+    checks = [row for row in results if row["part"] == 1]
+    assert all(row["holds"] for row in checks)
+    for script in ("reinforce", "reinforce_baseline", "actor_critic", "ppo", "grpo", "dpo"):
+        names = [row["name"] for row in checks if row["name"].split()[0] == script]
+        assert any("update" in name for name in names), script
+        assert any("run twice" in name for name in names), script
+    for row in results:
+        if "compiled_graphs" in row:
+            assert (row["compiled_graphs"] > 0) == ("compiled" in row["name"]), row
+    for row in results:  # the table is complete
+        assert f"| {row['part']} | {row['name']} |" in done.stdout
+    again = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert again.returncode == 1 and "holds results already" in again.stderr
