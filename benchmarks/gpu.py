@@ -287,6 +287,12 @@ def dpo_update(device, compile=False, bf16=False):
     return gradients(dpo.update(model, optimizer, pairs, ref_logprob, args)["loss"], model)
 
 
+def exact_float32():
+    """Let matrix products and convolutions use all bits of float32."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 UPDATES = {
     "reinforce": partial(episodes_update, "reinforce"),
     "reinforce_baseline": partial(episodes_update, "reinforce_baseline"),
@@ -301,6 +307,7 @@ WITH_FLAGS = ("ppo vectors", "ppo images", "grpo", "dpo")  # can be compiled, an
 
 def check_updates(run, kind, names, limit, **flags):
     """Compare loss and gradients of one update of each script with float32 on the CPU."""
+    exact_float32()
     for name in names:
         result, expected = UPDATES[name](run.device, **flags), UPDATES[name]("cpu")
         run.check(f"{name} update, {kind}", difference(result, expected), limit)
@@ -319,6 +326,7 @@ def check_sampling(run):
     import grpo
     import ppo
 
+    exact_float32()
     generator = torch.Generator(run.device).manual_seed(0)
     logprob = torch.linspace(0, 3, 50, device=run.device).log_softmax(0)
     many = logprob.expand(100_000, 50)
@@ -392,8 +400,6 @@ def check_repetition(run):
 
 
 def right(run):
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False  # the same for convolutions
     check_sampling(run)
     check_updates(run, "float32", UPDATES, 1e-4)
     check_updates(run, "bf16", WITH_FLAGS, BF16_LIMIT, bf16=True)

@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 COPIES = {"copy_", "data.__set__", "_has_compatible_shallow_copy_type"}  # from either device
-INDEXING = {"__getitem__", "__setitem__"}
-# Other functions take a CPU tensor without dimensions together with CUDA tensors, as a number.
-NO_SCALARS = {"cat", "stack", "linear", "embedding", "gather", "index_add", "searchsorted"}
+INDEXING = {"__getitem__", "__setitem__"}  # indices and values of CUDA tensors may be the CPU's
+# Elsewhere a CPU tensor without dimensions may meet CUDA tensors, as a number, except in these.
+NO_NUMBERS = {"cat", "stack", "linear", "embedding", "gather", "index_add", "searchsorted"}
 
 
 class Generator(torch.Generator):
@@ -33,13 +33,14 @@ class Generator(torch.Generator):
 
 
 class VirtualGPU(TorchFunctionMode):
-    """Handles all calls of torch functions and methods inside a with statement."""
+    """Handles all calls of torch functions and methods inside a with statement.
+
+    A tensor is on the virtual GPU if its memory is in on_gpu. All other memory is the CPU's.
+    """
 
     def __init__(self):
         super().__init__()
-        # Memory of tensors on the virtual GPU; all other memory is the CPU's. A weak reference
-        # keeps the key from being used for other memory.
-        self.on_gpu = {}
+        self.on_gpu = {}  # address -> weak reference, which keeps the address from being used again
 
     def is_cuda(self, tensor):
         return memory(tensor)._cdata in self.on_gpu
@@ -49,45 +50,46 @@ class VirtualGPU(TorchFunctionMode):
         name = name_of(func)
         if name == "device.__get__":
             return torch.device("cuda") if self.is_cuda(args[0]) else func(*args)
-        if func is torch.device or name == "_parse_to":  # no tensors, and "cuda" must stay
+        if func is torch.device or name == "_parse_to":  # these only read "cuda"
             return func(*args, **kwargs)
-        leaves = tree_leaves((args[1:] if name == "tensor" else args, kwargs))  # data: any device
+        inputs = args[1:] if name == "tensor" else args  # torch.tensor takes data of any device
+        leaves = tree_leaves((inputs, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        require(name not in ("numpy", "__array__") or not self.is_cuda(args[0]),
-                f"{name}: a CUDA tensor")
+        # The device that was asked for; otherwise the result is where the inputs are.
         target = "cpu" if name == "cpu" else next(filter(None, map(device_type, leaves)), None)
-        self.check(name, tensors, target)
-        for generator in [leaf for leaf in leaves if isinstance(leaf, Generator)]:
-            device = target or ("cuda" if tensors and self.is_cuda(tensors[0]) else "cpu")
-            require(generator.device.type == device, f"{name}: generator of the other device")
         gpu = target == "cuda" if target else any(map(self.is_cuda, tensors))
-        known = {memory(tensor)._cdata for tensor in tensors}
+        if not target:
+            self.check_tensors(name, tensors)
+        for generator in [leaf for leaf in leaves if isinstance(leaf, Generator)]:
+            require((generator.device.type == "cuda") == gpu, f"{name}: generator of other device")
         args, kwargs = tree_map(cuda_to_cpu, (args, kwargs))
         result = func(*args, **kwargs)
         if target and isinstance(result, torch.Tensor) and self.is_cuda(result) != gpu:
             result = result.clone()  # .to() and .cpu() return their input, as it is on the CPU
-        for tensor in tree_leaves(result):
-            if gpu and isinstance(tensor, torch.Tensor):
-                self.put_on_gpu(memory(tensor), known)
+        if gpu:
+            self.mark(result, tensors)
         return result
 
-    def put_on_gpu(self, storage, known):
-        """Note new memory; that of an argument stays where it is."""
-        if storage._cdata not in known:
-            self.on_gpu[storage._cdata] = StorageWeakRef(storage)
+    def mark(self, result, inputs):
+        """Note that the results are on the GPU, except where their memory is that of an input."""
+        known = {memory(tensor)._cdata for tensor in inputs}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and memory(tensor)._cdata not in known:
+                storage = memory(tensor)
+                self.on_gpu[storage._cdata] = StorageWeakRef(storage)
 
-    def check(self, name, tensors, target):
-        """Raise an error if a GPU would, because the tensors are not on one device."""
+    def check_tensors(self, name, tensors):
+        """Raise an error if a GPU would, because of the devices of the tensors."""
         gpu = [self.is_cuda(tensor) for tensor in tensors]
-        if len(set(gpu)) < 2 or target or name in COPIES:
-            return
-        if name in INDEXING:
-            require(gpu[0], f"{name}: a CPU tensor indexed by CUDA tensors")
-            return
-        cpu_tensors = [tensor for tensor in tensors if not self.is_cuda(tensor)]
-        scalars = all(tensor.dim() == 0 for tensor in cpu_tensors) and name not in NO_SCALARS
-        in_place = name.endswith("_") and not name.endswith("__")
-        require(scalars and (gpu[0] or not in_place), f"{name}: CPU and CUDA tensors")
+        if name in ("numpy", "__array__"):
+            require(not any(gpu), f"{name}: CUDA tensor")
+        elif name in INDEXING:
+            require(gpu[0] or not any(gpu), f"{name}: CPU tensor with CUDA indices")
+        elif any(gpu) and not all(gpu) and name not in COPIES:
+            numbers = all(tensor.dim() == 0 or self.is_cuda(tensor) for tensor in tensors)
+            in_place = name.endswith("_") and not name.endswith("__")
+            require(numbers and name not in NO_NUMBERS and (gpu[0] or not in_place),
+                    f"{name}: CPU and CUDA tensors")
 
 
 def name_of(func):

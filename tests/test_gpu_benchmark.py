@@ -2,13 +2,19 @@
 
 import importlib.util
 import json
+import random
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT
+from test_device import Generator, VirtualGPU
+
+import dpo
+import grpo
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,48 @@ def test_a_part_is_cut_off_left_out_or_fails(gpu, run, monkeypatch):
     assert left_out["left_out"] == "not installed: no_such_package"
     assert "no_such_device" in failed["failed"]
     assert gpu.table([left_out]).endswith("| 1 | part | left_out not installed: no_such_package |")
+
+
+@pytest.fixture
+def virtual(monkeypatch):
+    """A virtual GPU; bfloat16 does not work there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
+    monkeypatch.setattr(torch, "Generator", Generator)
+    for script in (grpo, dpo):
+        monkeypatch.setattr(script, "default_args", partial(without_bf16, script.default_args))
+    with VirtualGPU() as mode:
+        yield mode
+
+
+def without_bf16(default_args, **flags):
+    return default_args(**flags | {"bf16": False})
+
+
+@pytest.mark.slow
+def test_part_1_on_a_virtual_gpu(gpu, run, virtual, monkeypatch):
+    monkeypatch.setattr(gpu, "BRIEF", {"grpo": gpu.BRIEF["grpo"], "ppo": gpu.BRIEF["ppo"]})
+    monkeypatch.setattr(gpu, "LONGER", {"ppo": gpu.LONGER["ppo"]})
+    run = replace(run, device="cuda")
+    gpu.check_sampling(run)
+    gpu.check_updates(run, "float32", gpu.UPDATES, 0)
+    gpu.check_checkpoints(run)
+    gpu.check_repetition(run)
+    assert all(row["holds"] for row in gpu.read_results(run.out))
+
+
+def test_speeds_on_a_virtual_gpu(gpu, run, virtual):
+    run = replace(run, device="cuda")
+    sizes = {"prompts": 1, "prompt_length": 6, "generations": 2, "length": 4, "steps": 2}
+    gpu.grpo_speed(run, "grpo", sizes, [gpu.random_text(random.Random(0), 6)])
+    pair = {name: gpu.random_text(random.Random(name), 5) for name in dpo.Pair._fields}
+    gpu.dpo_speed(run, "dpo", sizes | {"pairs": 1}, [pair])
+    gpu.ppo_speed(run, "CartPole-v1", "cuda")
+    language = gpu.read_results(run.out)[:2]
+    assert [row["peak_mib"] for row in language] == [3, 3]
 
 
 @pytest.mark.slow
