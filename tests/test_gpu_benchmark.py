@@ -1,5 +1,6 @@
 """benchmarks/gpu.py runs on the CPU with tiny sizes, and its comparisons notice errors."""
 
+import importlib
 import importlib.util
 import json
 import random
@@ -26,27 +27,32 @@ def gpu():
     return module
 
 
+@pytest.fixture(scope="module")
+def checks(gpu):
+    return importlib.import_module("gpu_checks")
+
+
 @pytest.fixture
 def run(gpu, tmp_path):
     return gpu.Run(part=0, out=tmp_path, device="cpu", quick=True, work=tmp_path)
 
 
-def test_a_wrong_gradient_is_noticed(gpu):
-    right = gpu.dpo_update("cpu")
-    assert gpu.difference(right, right) == 0
+def test_a_wrong_gradient_is_noticed(checks):
+    right = checks.dpo_update("cpu")
+    assert checks.difference(right, right) == 0
     for name, gradient in right.items():
         for wrong in (1.01 * gradient, -gradient, gradient + float("nan")):
-            changed = gpu.difference(right | {name: wrong}, right)
+            changed = checks.difference(right | {name: wrong}, right)
             # Gradients that are nearly 0 count less.
             assert changed > (1e-4 if gradient.norm() > 0.1 else 1e-6), name
     with pytest.raises(ValueError, match="loss"):
-        gpu.difference({name: right[name] for name in right if name != "loss"}, right)
+        checks.difference({name: right[name] for name in right if name != "loss"}, right)
 
 
 @pytest.mark.parametrize("name", ["reinforce", "reinforce_baseline", "actor_critic", "ppo vectors",
                                   "grpo", "dpo"])
-def test_updates_have_gradients(gpu, name):
-    result = gpu.UPDATES[name]("cpu")
+def test_updates_have_gradients(checks, name):
+    result = checks.UPDATES[name]("cpu")
     assert all(gradient.abs().sum() > 0 for gradient in result.values())
 
 
@@ -56,11 +62,11 @@ def test_a_check_holds_up_to_its_limit(gpu, run):
     assert [row["holds"] for row in gpu.read_results(run.out)] == [True, False, False]
 
 
-def test_wrong_frequencies_are_noticed(gpu):
+def test_wrong_frequencies_are_noticed(checks):
     probs = torch.tensor([0.2, 0.3, 0.5])
     tokens = probs.multinomial(100_000, replacement=True)
-    assert gpu.frequency_error(tokens, probs) < 5
-    assert gpu.frequency_error(tokens, torch.tensor([0.21, 0.29, 0.5])) > 5
+    assert checks.frequency_error(tokens, probs) < 5
+    assert checks.frequency_error(tokens, torch.tensor([0.21, 0.29, 0.5])) > 5
 
 
 def test_a_part_is_cut_off_left_out_or_fails(gpu, run, monkeypatch):
@@ -95,15 +101,23 @@ def without_bf16(default_args, **flags):
 
 
 @pytest.mark.slow
-def test_part_1_on_a_virtual_gpu(gpu, run, virtual, monkeypatch):
-    monkeypatch.setattr(gpu, "BRIEF", {"grpo": gpu.BRIEF["grpo"], "ppo": gpu.BRIEF["ppo"]})
-    monkeypatch.setattr(gpu, "LONGER", {"ppo": gpu.LONGER["ppo"]})
+def test_part_1_on_a_virtual_gpu(gpu, checks, run, virtual, monkeypatch):
+    brief = {name: checks.BRIEF[name] for name in ("grpo", "ppo")}
+    monkeypatch.setattr(checks, "BRIEF", brief)
+    monkeypatch.setattr(checks, "LONGER", {"ppo": checks.LONGER["ppo"]})
     run = replace(run, device="cuda")
-    gpu.check_sampling(run)
-    gpu.check_updates(run, "float32", gpu.UPDATES, 0)
-    gpu.check_checkpoints(run)
-    gpu.check_repetition(run)
+    checks.check_sampling(run)
+    checks.check_updates(run, "float32", checks.UPDATES, 0)
+    checks.check_runs(run)
     assert all(row["holds"] for row in gpu.read_results(run.out))
+
+
+def test_an_error_does_not_stop_the_others(gpu, checks, run, monkeypatch):
+    monkeypatch.setitem(checks.UPDATES, "dpo", lambda device: 1 / 0)
+    checks.check_updates(run, "float32", ["dpo", "grpo"], 1e-4)
+    failed, right = gpu.read_results(run.out)
+    assert failed["name"] == "dpo update, float32" and "ZeroDivision" in failed["failed"]
+    assert right["holds"]
 
 
 def test_speeds_on_a_virtual_gpu(gpu, run, virtual):
