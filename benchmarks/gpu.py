@@ -6,7 +6,7 @@
 Each part runs in a process of its own with its own time limit, in this order:
 
     1  Right: loss and gradients of an update compared with those of the CPU; the distribution of
-       samples; checkpoints moved between CPU and GPU; the same run twice.
+       samples; checkpoints moved between CPU and GPU; the same run twice. See gpu_checks.py.
     4  Speed of grpo.py: a model with the shapes of Qwen2.5-0.5B and random weights, 32 prompts of
        100 tokens by 8 completions of 256, beside TRL's GRPOTrainer if TRL is installed.
     5  Speed of dpo.py: the same model, 16 pairs of 512 tokens, beside TRL's DPOTrainer.
@@ -29,6 +29,7 @@ import os
 import platform
 import random
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -173,7 +174,6 @@ def random_text(rng, num_words):
 
 def load(script, args):
     """Return model, optimizer and tokenizer of a folder, made by grpo.py or dpo.py."""
-
     config, tensors, tokenizer = script.load_model(args)
     model = script.make_model(config, tensors, torch.device(args.device), args)
     return model, torch.optim.AdamW(model.parameters(), 1e-6, fused=True), tokenizer
@@ -197,13 +197,17 @@ def grpo_speed(run, name, sizes, prompts, **flags):
     examples = [{"prompt": prompt, "answer": ""} for prompt in prompts]
     generator = torch.Generator(run.device).manual_seed(0)
     sampling, update = [], []
-    for _ in range(sizes["steps"]):
+
+    def learn(batch):
+        grpo.update(model, None, optimizer, batch, args)
         grpo.update_sampler(sampler, model)
+
+    for _ in range(sizes["steps"]):
         (batch, _), seconds = run.seconds_of(
             grpo.generate_batch, sampler, tokenizer, examples,
             lambda text, example: text_reward(text), generator, args)
         sampling.append(seconds)
-        _, seconds = run.seconds_of(grpo.update, model, None, optimizer, batch, args)
+        _, seconds = run.seconds_of(learn, batch)
         update.append(seconds)
     tokens = len(prompts) * sizes["generations"] * sizes["length"]
     run.write_speed(name, tokens, sampling_seconds=statistics.median(sampling[1:]),
@@ -436,17 +440,23 @@ def learn(run, name, goal):
 # --- The parts as processes ---
 
 
+def output_of(*command):
+    """Return what a command prints, nothing if there is no such command."""
+    if not shutil.which(command[0]):
+        return ""
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
 def machine(run):
     """Write the card, its driver and the versions."""
-
     found = {"cores": os.cpu_count(), "python": platform.python_version(),
-             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+             "torch": torch.__version__, "commit": output_of("git", "rev-parse", "HEAD"),
+             "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     if run.device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         found |= {"card": torch.cuda.get_device_name(), "cuda": torch.version.cuda,
-                  "driver": subprocess.run(query, capture_output=True, text=True).stdout.strip()}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    run.write("machine", commit=commit.stdout.strip(), **found)
+                  "driver": output_of(*query)}
+    run.write("machine", **found)
 
 
 CONTROL = ("gymnasium", "tyro", "tqdm")

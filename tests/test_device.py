@@ -3,6 +3,11 @@
 VirtualGPU computes everything on the CPU. It knows which tensors would be on a GPU, and raises an
 error where a GPU would: a function gets tensors of both devices, a generator of the other device,
 or a tensor on the GPU is converted to numpy.
+
+The six scripts had 107 places that put a tensor on a device when this was written. With one of them
+removed or set to the CPU, in turn, these tests fail in 92 cases. In 11 of the others a single GPU
+does not refuse: numbers and indices from the CPU, pretraining on the CPU, values that stay on the
+GPU, an argument that is not used. 4 matter only to several processes. bfloat16 is not tried here.
 """
 
 import importlib
