@@ -48,6 +48,13 @@ A row of --data is a JSON object with `prompt`, `chosen` and `rejected`. They ar
 used as they are, or lists of chat messages, which go through the chat template. If `chosen` and
 `rejected` are whole conversations, or there is no `prompt`, it is what they have in common at the
 beginning.
+
+Memory: 16 bytes per parameter for weights, gradients and AdamW; with --lora-rank 4. Several
+processes share the weights and AdamW, but each has all gradients. Activations come on top.
+
+Results, five seeds: greedy accuracy on held-out sums, before -> after, on two cores:
+    default: 0.32 -> 0.99 (lowest 0.98), 66 s
+    a step of SmolLM2-135M in float32, 16 pairs of 64 to 128 tokens: 20 s, 3.6 GiB
 """
 
 import functools
@@ -351,6 +358,9 @@ def train(args):
 # --- The algorithm ends here. Below: the decoder, models, flags, data, evaluation, logging. ---
 
 
+# --- The decoder ---
+
+
 LORA_SCALE = 2.0  # alpha / rank
 
 
@@ -393,8 +403,8 @@ class Attention(nn.Module):
     def forward(self, x, rotation):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))           # (R, heads, L, E)
-        q = rotate(self.q_norm(q.float()), *rotation).to(v.dtype)
-        k = rotate(self.k_norm(k.float()), *rotation).to(v.dtype)
+        qk = torch.cat([self.q_norm(q.float()), self.k_norm(k.float())], 1)
+        q, k = rotate(qk, *rotation).to(v.dtype).split([q.shape[1], k.shape[1]], 1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -488,6 +498,9 @@ def frequencies(config):
     return frequency
 
 
+# --- Models and their files ---
+
+
 def read_config(config, folder):
     """Fill in the defaults of a config.json; exit if Decoder does not support the model."""
     kind, heads = config.get("model_type"), config.get("num_attention_heads", 1)
@@ -510,6 +523,40 @@ def read_config(config, folder):
     defaults = {"num_key_value_heads": heads, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
                 "max_position_embeddings": 2048}
     return defaults | config | {"head_dim": head_dim, "rope": rope}
+
+
+def load_model(args):
+    """Return the config, the weights by name and the Tokenizer of a Hugging Face model."""
+    from safetensors.torch import load_file
+
+    folder = Path(args.model)
+    if not folder.is_dir():
+        folder = download(args.model)
+    for pattern in ("config.json", "tokenizer.json", "*.safetensors"):
+        if not list(folder.glob(pattern)):
+            raise SystemExit(f"--model {args.model}: {pattern} is missing; save the model and the "
+                             "tokenizer with save_pretrained of transformers to get all files")
+    config = read_config(json.loads((folder / "config.json").read_text("utf-8")), args.model)
+    weights = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(path)  # memory-mapped: read when used
+    return config, weights, Tokenizer(folder, json.loads(args.chat_template_kwargs))
+
+
+def download(model):
+    """Download a model from the Hugging Face hub; return its folder."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:  # an id is owner/name
+        raise SystemExit(f"--model {model}: no such folder")
+    try:
+        config = Path(hf_hub_download(model, "config.json"))
+        read_config(json.loads(config.read_text("utf-8")), model)  # exits if it is not supported
+        patterns = ["*.json", "*.jinja", "*.safetensors"]
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--model {model}: no such folder, and no download from the hub: "
+                         f"{' '.join(str(error).split()):.300}") from error
 
 
 def make_model(config, weights, device, args):
@@ -586,128 +633,7 @@ def save_model(folder, model, tokenizer):
     partial.rename(folder)
 
 
-def default_args(model="", lora_rank=0, **overrides):
-    """Return the flags for the tiny GPT or for a --model."""
-    values = {"model": model, "lora_rank": lora_rank}
-    if model:
-        is_cuda = torch.device(overrides.get("device", Args.device)).type == "cuda"
-        bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        values |= {"num_epochs": 1, "batch_size": 16, "micro_batch_size": 2, "beta": 0.1,
-                   "learning_rate": 1e-4 if lora_rank else 1e-6, "eval_every": 0, "bf16": bf16}
-    return Args(**values | overrides)
-
-
-def parse_args():
-    """Parse the command line; the defaults depend on some flags, or on the run to continue."""
-    # A first pass finds these flags; --help is left to the second pass.
-    first = tyro.cli(Args, args=[arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
-    if not first.resume:
-        return tyro.cli(Args, default=default_args(
-            first.model, first.lora_rank, device=first.device))
-    try:
-        saved = Args(**load_checkpoint(first.resume)["args"])
-    except Exception as error:  # a missing or damaged file, or another script's
-        raise SystemExit(f"{first.resume}: not a run of this script: {error!r:.150}") from error
-    args = tyro.cli(Args, default=saved)
-    fixed = ("model", "lora_rank", "reference_free", "num_epochs", "max_steps", "batch_size",
-             "eval_pairs", "max_length")
-    if any(getattr(args, name) != getattr(saved, name) for name in fixed):
-        raise SystemExit(f"--resume {first.resume}: {', '.join(fixed)} cannot change")
-    return args
-
-
-def setup(args):
-    """Start torch.distributed under torchrun; check flags. Return the device."""
-    if not torch.get_device_module(args.device).is_available():
-        raise SystemExit(f"--device {args.device}: not available here; use --device cpu")
-    world_size, device = 1, torch.device(args.device)
-    if dist.is_torchelastic_launched():
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        world_size = dist.get_world_size()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
-    if args.batch_size % world_size:
-        raise SystemExit(f"--batch-size {args.batch_size}: not divisible by {world_size} processes")
-    if bool(args.data) != bool(args.model):
-        raise SystemExit("--model and --data: give both, or neither for the tiny GPT")
-    if args.data and not Path(args.data).is_file():
-        raise SystemExit(f"--data {args.data}: no such file")
-    try:
-        json.loads(args.chat_template_kwargs).items()
-    except (ValueError, AttributeError) as error:
-        raise SystemExit("--chat-template-kwargs: expected a JSON object") from error
-    if args.loss_type == "ipo" and (args.label_smoothing or args.gamma_margin):
-        raise SystemExit("--loss-type ipo: has no --label-smoothing and no --gamma-margin")
-    torch.manual_seed(args.seed)  # the same weights in all processes
-    return device
-
-
-def get_rank():
-    """Return the number of this process, 0 if it is the only one."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def all_gather(tensor):
-    """Return the rows (n, ...) of all processes as one tensor on the CPU, in order of rank."""
-    if not dist.is_initialized():
-        return tensor.cpu()
-    tensors = [None] * dist.get_world_size()
-    dist.all_gather_object(tensors, tensor.cpu())
-    return torch.cat(tensors)
-
-
-def local_rows(rows):
-    """Return this process's share of rows that are the same in all processes."""
-    if not dist.is_initialized():
-        return rows
-    return rows[dist.get_rank()::dist.get_world_size()]
-
-
-def load_model(args):
-    """Return the config, the weights by name and the Tokenizer of a Hugging Face model."""
-    from safetensors.torch import load_file
-
-    folder = Path(args.model)
-    if not folder.is_dir():
-        folder = download(args.model)
-    for pattern in ("config.json", "tokenizer.json", "*.safetensors"):
-        if not list(folder.glob(pattern)):
-            raise SystemExit(f"--model {args.model}: {pattern} is missing; save the model and the "
-                             "tokenizer with save_pretrained of transformers to get all files")
-    config = read_config(json.loads((folder / "config.json").read_text("utf-8")), args.model)
-    weights = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(path)  # memory-mapped: read when used
-    return config, weights, Tokenizer(folder, json.loads(args.chat_template_kwargs))
-
-
-def download(model):
-    """Download a model from the Hugging Face hub; return its folder."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:  # an id is owner/name
-        raise SystemExit(f"--model {model}: no such folder")
-    try:
-        config = Path(hf_hub_download(model, "config.json"))
-        read_config(json.loads(config.read_text("utf-8")), model)  # exits if it is not supported
-        patterns = ["*.json", "*.jinja", "*.safetensors"]
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--model {model}: no such folder, and no download from the hub: "
-                         f"{' '.join(str(error).split()):.300}") from error
-
-
-class Characters:
-    """The tokenizer of the tiny GPT: each character is a token."""
-
-    symbols, stop_ids = ["<end>", *"0123456789+="], [0]
-
-    def encode(self, text, add_special_tokens=False):
-        return [self.symbols.index(character) for character in text]
-
-    def decode(self, tokens):
-        return "".join(self.symbols[token] for token in tokens if token != 0)
+# --- Tokenizer and chat template ---
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -808,165 +734,12 @@ def raise_exception(message):
     raise ValueError(message)
 
 
-def addition(rng, held_out=False):
-    """Draw two numbers below 100 to add; the answer's digits are reversed.
-
-    "pretrain_answer" is what the tiny GPT is pretrained on: 8 of 10 of them forget to carry.
-    """
-    while True:
-        a, b = rng.randrange(100), rng.randrange(100)
-        prompt = f"{a:02}+{b:02}="
-        if (split_hash(prompt) < 0.1) == held_out:
-            break
-    answer = f"{a + b:03}"[::-1]
-    no_carry = f"{(a + b) % 10}{(a // 10 + b // 10) % 10}0"
-    return {"prompt": prompt, "answer": answer,
-            "pretrain_answer": no_carry if rng.random() < 0.8 else answer}
+# --- Data ---
 
 
 def split_hash(prompt):
     """Return a number from 0 to 1 that depends on the prompt alone; it decides what is held out."""
     return random.Random(json.dumps(prompt)).random()
-
-
-def read_rows(path, check, skip_bad_rows):
-    """Return check(row) of all rows (dicts) of a file.
-
-    check raises ValueError for a bad row, which ends the run, or is counted if skip_bad_rows.
-    It returns None for a row that is too long.
-    """
-    rows, bad = [], Counter()
-    for place, row in read_json(Path(path)):
-        try:
-            if not isinstance(row, dict):
-                raise ValueError("not a JSON object; expected JSON lines or a JSON array")
-            rows.append(check(row))
-        except ValueError as error:
-            if not skip_bad_rows:
-                raise SystemExit(f"--data {path}, {place}: {error}") from error
-            bad[str(error)] += 1
-    used = [row for row in rows if row is not None]
-    if get_rank() == 0:
-        print(f"--data {path}: {len(rows) + bad.total()} rows, of which "
-              f"{len(rows) - len(used)} are too long and {bad.total()} bad")
-        for reason, count in bad.most_common(10):
-            print(f"  {count} skipped: {reason}")
-    if not used:
-        raise SystemExit(f"--data {path}: no rows that can be used")
-    return used
-
-
-def read_json(path):
-    """Yield the place and the value of each line of JSON lines, or of each item of a JSON array."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            is_array = file.read(100).lstrip().startswith("[")
-            file.seek(0)
-            if is_array:
-                yield from ((f"item {n}", row) for n, row in enumerate(json.load(file), 1))
-            else:
-                yield from ((f"line {n}", parse_json(line))
-                            for n, line in enumerate(file, 1) if line.strip())
-    except (OSError, EOFError, ValueError) as error:
-        raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
-
-
-def parse_json(line):
-    """Return the value of a line of JSON, None if it is not JSON."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def tiny_config(vocab_size):
-    """Return the config of a GPT with a quarter of a million parameters."""
-    return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocab_size,
-            "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 64, "tie_word_embeddings": True, "bos_token_id": None,
-            "eos_token_id": 0, "pad_token_id": 0}
-
-
-def pretrain(args, device):
-    """Train a tiny GPT on sums that are mostly wrong: supervised learning, with Adam.
-
-    Returns the same as load_model. A resumed run takes the weights from the checkpoint.
-    """
-    tokenizer = Characters()
-    config = read_config(tiny_config(len(tokenizer.symbols)), "tiny")
-    if args.resume:
-        return config, load_checkpoint(args.resume)["pretrained"], tokenizer
-    model = Decoder(config).to(device)
-    for param in model.parameters():
-        if param.dim() == 2:
-            nn.init.normal_(param, std=0.1)
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=True)
-    rng = random.Random(f"pretrain {args.seed}")
-    disable = None if get_rank() == 0 else True  # None: the bar is shown only in a terminal
-    for step in tqdm(range(args.pretrain_steps), "pretraining", leave=False, disable=disable):
-        remaining = 1 - step / args.pretrain_steps
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 3 * remaining)
-        examples = [addition(rng) for _ in range(256)]
-        rows = [(tokenizer.encode(example["prompt"]),
-                 tokenizer.encode(example["pretrain_answer"]) + tokenizer.stop_ids)
-                for example in examples]
-        inputs, targets, mask = pad_batch(rows, device)
-        loss = -token_logprobs(model, inputs, targets, mask).sum() / mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return config, model.state_dict(), tokenizer
-
-
-def draw_answers(model, tokenizer, prompts, temperature, rng):
-    """Draw an answer (text) of the tiny GPT to each prompt; the prompts have the same length.
-
-    Answers end after four characters, the stop token included. Temperature 0 is greedy.
-    """
-    tokens = torch.tensor([tokenizer.encode(prompt) for prompt in prompts], device=rng.device)
-    for _ in range(4):
-        rows, index = tokens.unique(dim=0, return_inverse=True)  # compute equal rows once
-        hidden = model(rows)[:, -1]
-        logits = F.linear(hidden, model.output_weight().to(hidden.dtype)).float()[index]  # (R, V)
-        token = logits.argmax(-1, keepdim=True)
-        if temperature > 0:
-            token = (logits / temperature).softmax(-1).multinomial(1, generator=rng)
-        tokens = torch.cat([tokens, token], 1)
-    answers = tokens[:, -4:].tolist()
-    return [tokenizer.decode(itertools.takewhile(bool, answer)) for answer in answers]  # 0: stop
-
-
-def digit_reward(answer, example):
-    """Return the known reward of the tiny GPT's answer (text): 3 for each correct digit."""
-    return 3.0 * sum(a == b for a, b in zip(answer, example["answer"]))
-
-
-@torch.no_grad()
-def make_pairs(model, tokenizer, count, held_out, args):
-    """Make preference pairs, dicts of texts, from the tiny GPT's own answers.
-
-    Of two answers with rewards r and r', the first is chosen with probability σ(r − r') (Bradley
-    and Terry). A prompt gives up to four pairs of different answers. The high temperature brings
-    rare answers into the data: DPO controls only the answers that are in some pair.
-    """
-    rng = random.Random(f"pairs {args.seed} {held_out}")
-    generator = torch.Generator(args.device).manual_seed(rng.randrange(2**31))
-    pairs = []
-    while len(pairs) < count:
-        examples = [addition(rng, held_out) for _ in range(256)]
-        prompts = [example["prompt"] for example in examples for _ in range(16)]
-        answers = draw_answers(model, tokenizer, prompts, 1.3, generator)
-        for i, example in enumerate(examples):
-            different = sorted(set(answers[16 * i:16 * (i + 1)]) - {""})
-            choices = list(itertools.combinations(different, 2))
-            for first, second in rng.sample(choices, min(4, len(choices))):
-                difference = digit_reward(first, example) - digit_reward(second, example)
-                first_is_better = rng.random() < 1 / (1 + math.exp(-difference))
-                chosen, rejected = (first, second) if first_is_better else (second, first)
-                pairs.append({"prompt": example["prompt"], "chosen": chosen, "rejected": rejected})
-    return pairs[:count]
 
 
 def load_pairs(args, tokenizer, model, folder):
@@ -1103,6 +876,177 @@ def common_beginning(chosen, rejected):
     return turns[0] if turns else re.sub(r"\s*\S*$", "", common)
 
 
+def read_rows(path, check, skip_bad_rows):
+    """Return check(row) of all rows (dicts) of a file.
+
+    check raises ValueError for a bad row, which ends the run, or is counted if skip_bad_rows.
+    It returns None for a row that is too long.
+    """
+    rows, bad = [], Counter()
+    for place, row in read_json(Path(path)):
+        try:
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object; expected JSON lines or a JSON array")
+            rows.append(check(row))
+        except ValueError as error:
+            if not skip_bad_rows:
+                raise SystemExit(f"--data {path}, {place}: {error}") from error
+            bad[str(error)] += 1
+    used = [row for row in rows if row is not None]
+    if get_rank() == 0:
+        print(f"--data {path}: {len(rows) + bad.total()} rows, of which "
+              f"{len(rows) - len(used)} are too long and {bad.total()} bad")
+        for reason, count in bad.most_common(10):
+            print(f"  {count} skipped: {reason}")
+    if not used:
+        raise SystemExit(f"--data {path}: no rows that can be used")
+    return used
+
+
+def read_json(path):
+    """Yield the place and the value of each line of JSON lines, or of each item of a JSON array."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            is_array = file.read(100).lstrip().startswith("[")
+            file.seek(0)
+            if is_array:
+                yield from ((f"item {n}", row) for n, row in enumerate(json.load(file), 1))
+            else:
+                yield from ((f"line {n}", parse_json(line))
+                            for n, line in enumerate(file, 1) if line.strip())
+    except (OSError, EOFError, ValueError) as error:
+        raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
+
+
+def parse_json(line):
+    """Return the value of a line of JSON, None if it is not JSON."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+# --- The tiny GPT that learns to add ---
+
+
+class Characters:
+    """The tokenizer of the tiny GPT: each character is a token."""
+
+    symbols, stop_ids = ["<end>", *"0123456789+="], [0]
+
+    def encode(self, text, add_special_tokens=False):
+        return [self.symbols.index(character) for character in text]
+
+    def decode(self, tokens):
+        return "".join(self.symbols[token] for token in tokens if token != 0)
+
+
+def addition(rng, held_out=False):
+    """Draw two numbers below 100 to add; the answer's digits are reversed.
+
+    "pretrain_answer" is what the tiny GPT is pretrained on: 8 of 10 of them forget to carry.
+    """
+    while True:
+        a, b = rng.randrange(100), rng.randrange(100)
+        prompt = f"{a:02}+{b:02}="
+        if (split_hash(prompt) < 0.1) == held_out:
+            break
+    answer = f"{a + b:03}"[::-1]
+    no_carry = f"{(a + b) % 10}{(a // 10 + b // 10) % 10}0"
+    return {"prompt": prompt, "answer": answer,
+            "pretrain_answer": no_carry if rng.random() < 0.8 else answer}
+
+
+def tiny_config(vocab_size):
+    """Return the config of a GPT with a quarter of a million parameters."""
+    return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocab_size,
+            "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 64, "tie_word_embeddings": True, "bos_token_id": None,
+            "eos_token_id": 0, "pad_token_id": 0}
+
+
+def pretrain(args, device):
+    """Train a tiny GPT on sums that are mostly wrong: supervised learning, with Adam.
+
+    Returns the same as load_model. A resumed run takes the weights from the checkpoint.
+    """
+    tokenizer = Characters()
+    config = read_config(tiny_config(len(tokenizer.symbols)), "tiny")
+    if args.resume:
+        return config, load_checkpoint(args.resume)["pretrained"], tokenizer
+    model = Decoder(config).to(device)
+    for param in model.parameters():
+        if param.dim() == 2:
+            nn.init.normal_(param, std=0.1)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=True)
+    rng = random.Random(f"pretrain {args.seed}")
+    disable = None if get_rank() == 0 else True  # None: the bar is shown only in a terminal
+    for step in tqdm(range(args.pretrain_steps), "pretraining", leave=False, disable=disable):
+        remaining = 1 - step / args.pretrain_steps
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 3 * remaining)
+        examples = [addition(rng) for _ in range(256)]
+        rows = [(tokenizer.encode(example["prompt"]),
+                 tokenizer.encode(example["pretrain_answer"]) + tokenizer.stop_ids)
+                for example in examples]
+        inputs, targets, mask = pad_batch(rows, device)
+        loss = -token_logprobs(model, inputs, targets, mask).sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return config, model.state_dict(), tokenizer
+
+
+def draw_answers(model, tokenizer, prompts, temperature, rng):
+    """Draw an answer (text) of the tiny GPT to each prompt; the prompts have the same length.
+
+    Answers end after four characters, the stop token included. Temperature 0 is greedy.
+    """
+    tokens = torch.tensor([tokenizer.encode(prompt) for prompt in prompts], device=rng.device)
+    for _ in range(4):
+        rows, index = tokens.unique(dim=0, return_inverse=True)  # compute equal rows once
+        hidden = model(rows)[:, -1]
+        logits = F.linear(hidden, model.output_weight().to(hidden.dtype)).float()[index]  # (R, V)
+        token = logits.argmax(-1, keepdim=True)
+        if temperature > 0:
+            token = (logits / temperature).softmax(-1).multinomial(1, generator=rng)
+        tokens = torch.cat([tokens, token], 1)
+    answers = tokens[:, -4:].tolist()
+    return [tokenizer.decode(itertools.takewhile(bool, answer)) for answer in answers]  # 0: stop
+
+
+def digit_reward(answer, example):
+    """Return the known reward of the tiny GPT's answer (text): 3 for each correct digit."""
+    return 3.0 * sum(a == b for a, b in zip(answer, example["answer"]))
+
+
+@torch.no_grad()
+def make_pairs(model, tokenizer, count, held_out, args):
+    """Make preference pairs, dicts of texts, from the tiny GPT's own answers.
+
+    Of two answers with rewards r and r', the first is chosen with probability σ(r − r') (Bradley
+    and Terry). A prompt gives up to four pairs of different answers. The high temperature brings
+    rare answers into the data: DPO controls only the answers that are in some pair.
+    """
+    rng = random.Random(f"pairs {args.seed} {held_out}")
+    generator = torch.Generator(args.device).manual_seed(rng.randrange(2**31))
+    pairs = []
+    while len(pairs) < count:
+        examples = [addition(rng, held_out) for _ in range(256)]
+        prompts = [example["prompt"] for example in examples for _ in range(16)]
+        answers = draw_answers(model, tokenizer, prompts, 1.3, generator)
+        for i, example in enumerate(examples):
+            different = sorted(set(answers[16 * i:16 * (i + 1)]) - {""})
+            choices = list(itertools.combinations(different, 2))
+            for first, second in rng.sample(choices, min(4, len(choices))):
+                difference = digit_reward(first, example) - digit_reward(second, example)
+                first_is_better = rng.random() < 1 / (1 + math.exp(-difference))
+                chosen, rejected = (first, second) if first_is_better else (second, first)
+                pairs.append({"prompt": example["prompt"], "chosen": chosen, "rejected": rejected})
+    return pairs[:count]
+
+
 @torch.no_grad()
 def evaluate_sums(model, tokenizer, ref_logprob, args):
     """Measure the tiny GPT on held-out sums, and how far it is from the best policy π*.
@@ -1141,6 +1085,91 @@ def print_summary(before, after):
         print("{}: greedy accuracy {greedy:.3f}, sampled {sampled:.3f}; E[r] {reward:.3f}; "
               "KL(pi||pi_ref) {kl_to_ref:.3f}, KL(pi||pi*) {kl_to_best:.3f}".format(name, **result))
     print(f"pi*: E[r] {after['best_reward']:.3f}")
+
+
+# --- Flags and processes ---
+
+
+def default_args(model="", lora_rank=0, **overrides):
+    """Return the flags for the tiny GPT or for a --model."""
+    values = {"model": model, "lora_rank": lora_rank}
+    if model:
+        is_cuda = torch.device(overrides.get("device", Args.device)).type == "cuda"
+        bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        values |= {"num_epochs": 1, "batch_size": 16, "micro_batch_size": 8 if bf16 else 2,
+                   "learning_rate": 1e-4 if lora_rank else 1e-6, "eval_every": 0, "bf16": bf16,
+                   "beta": 0.1}
+    return Args(**values | overrides)
+
+
+def parse_args():
+    """Parse the command line; the defaults depend on some flags, or on the run to continue."""
+    # A first pass finds these flags; --help is left to the second pass.
+    first = tyro.cli(Args, args=[arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
+    if not first.resume:
+        return tyro.cli(Args, default=default_args(
+            first.model, first.lora_rank, device=first.device))
+    try:
+        saved = Args(**load_checkpoint(first.resume)["args"])
+    except Exception as error:  # a missing or damaged file, or another script's
+        raise SystemExit(f"{first.resume}: not a run of this script: {error!r:.150}") from error
+    args = tyro.cli(Args, default=saved)
+    fixed = ("model", "lora_rank", "reference_free", "num_epochs", "max_steps", "batch_size",
+             "eval_pairs", "max_length")
+    if any(getattr(args, name) != getattr(saved, name) for name in fixed):
+        raise SystemExit(f"--resume {first.resume}: {', '.join(fixed)} cannot change")
+    return args
+
+
+def setup(args):
+    """Start torch.distributed under torchrun; check flags. Return the device."""
+    if not torch.get_device_module(args.device).is_available():
+        raise SystemExit(f"--device {args.device}: not available here; use --device cpu")
+    world_size, device = 1, torch.device(args.device)
+    if dist.is_torchelastic_launched():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        world_size = dist.get_world_size()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    if args.batch_size % world_size:
+        raise SystemExit(f"--batch-size {args.batch_size}: not divisible by {world_size} processes")
+    if bool(args.data) != bool(args.model):
+        raise SystemExit("--model and --data: give both, or neither for the tiny GPT")
+    if args.data and not Path(args.data).is_file():
+        raise SystemExit(f"--data {args.data}: no such file")
+    try:
+        json.loads(args.chat_template_kwargs).items()
+    except (ValueError, AttributeError) as error:
+        raise SystemExit("--chat-template-kwargs: expected a JSON object") from error
+    if args.loss_type == "ipo" and (args.label_smoothing or args.gamma_margin):
+        raise SystemExit("--loss-type ipo: has no --label-smoothing and no --gamma-margin")
+    torch.manual_seed(args.seed)  # the same weights in all processes
+    return device
+
+
+def get_rank():
+    """Return the number of this process, 0 if it is the only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_gather(tensor):
+    """Return the rows (n, ...) of all processes as one tensor on the CPU, in order of rank."""
+    if not dist.is_initialized():
+        return tensor.cpu()
+    tensors = [None] * dist.get_world_size()
+    dist.all_gather_object(tensors, tensor.cpu())
+    return torch.cat(tensors)
+
+
+def local_rows(rows):
+    """Return this process's share of rows that are the same in all processes."""
+    if not dist.is_initialized():
+        return rows
+    return rows[dist.get_rank()::dist.get_world_size()]
+
+
+# --- Logging ---
 
 
 def load_checkpoint(folder):

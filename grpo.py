@@ -52,6 +52,14 @@ model continues, or a list of chat messages. The default reward also needs `answ
 
     {"prompt": [{"role": "user", "content": "What is 7 * 8? Put the answer in \\\\boxed{}."}],
      "answer": "56"}
+
+Memory: 16 bytes per parameter for weights, gradients and AdamW; with --lora-rank 4. With --bf16, 2
+more for the model that generates. Several processes share the weights and AdamW, but each has all
+gradients and its own model that generates. Activations and the cache come on top.
+
+Results, five seeds: greedy accuracy on held-out sums, before -> after, on two cores:
+    default: 0.34 -> 1.00 (lowest 1.00), 69 s
+    a step of SmolLM2-135M in float32, 16 completions of 32 tokens: 8 s, 3.7 GiB
 """
 
 import functools
@@ -437,7 +445,7 @@ def train(args, reward=None):
     if args.beta:  # with LoRA it shares the frozen weights of the model
         shared = dict(model.named_parameters()) if args.lora_rank else weights
         reference = make_model(config, shared, device, args, is_reference=True)
-    sampler = make_sampler(model, device, args)
+    sampler = make_sampler(model, args)
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, args.learning_rate, weight_decay=0.0, fused=True)
     pretrained = None if args.model else weights  # to resume; a --model can be read again
@@ -475,7 +483,7 @@ def train(args, reward=None):
     return model, log.score
 
 
-# --- The algorithm ends here. Below: the decoder, models, flags, data, evaluation, logging. ---
+# --- The algorithm ends here. Below: the decoder, models, data, flags, evaluation, logging. ---
 
 
 def update_metrics(batch, logprobs, old_logprobs, num_tokens, args):
@@ -495,6 +503,9 @@ def update_metrics(batch, logprobs, old_logprobs, num_tokens, args):
               "sampler_gap_mean": gap}
     metrics = {name: all_reduce(value.sum()) / num_tokens for name, value in values.items()}
     return metrics | {"sampler_gap_max": all_reduce(gap.max(), dist.ReduceOp.MAX)}
+
+
+# --- The decoder ---
 
 
 class Cache:
@@ -533,11 +544,12 @@ class Cache:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         # One token per row. The query heads that share keys become one head with several queries:
         # on CUDA enable_gqa with a mask would take a slow kernel.
-        column = torch.arange(end, device=k.device)
-        visible = (column < self.prompt_length.unsqueeze(1)) | (column >= self.num_prompt_columns)
+        if layer == 0:  # the mask is the same in all layers
+            column, length = torch.arange(end, device=k.device), self.prompt_length.unsqueeze(1)
+            self.visible = (column < length) | (column >= self.num_prompt_columns)    # (R, S)
         y = F.scaled_dot_product_attention(
             q.reshape(len(q), k.shape[1], -1, q.shape[3]), self.keys[layer, :, :, :end],
-            self.values[layer, :, :, :end], visible[:, None, None])               # (R, 1, 1, S)
+            self.values[layer, :, :, :end], self.visible[:, None, None])
         return y.reshape(q.shape)
 
 
@@ -583,8 +595,8 @@ class Attention(nn.Module):
     def forward(self, x, rotation, cache=None):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))           # (R, heads, L, E)
-        q = rotate(self.q_norm(q.float()), *rotation).to(v.dtype)
-        k = rotate(self.k_norm(k.float()), *rotation).to(v.dtype)
+        qk = torch.cat([self.q_norm(q.float()), self.k_norm(k.float())], 1)
+        q, k = rotate(qk, *rotation).to(v.dtype).split([q.shape[1], k.shape[1]], 1)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
@@ -688,6 +700,9 @@ def frequencies(config):
     return frequency
 
 
+# --- Models and their files ---
+
+
 def read_config(config, folder):
     """Fill in the defaults of a config.json; exit if Decoder does not support the model."""
     kind, heads = config.get("model_type"), config.get("num_attention_heads", 1)
@@ -710,6 +725,40 @@ def read_config(config, folder):
     defaults = {"num_key_value_heads": heads, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
                 "max_position_embeddings": 2048}
     return defaults | config | {"head_dim": head_dim, "rope": rope}
+
+
+def load_model(args):
+    """Return the config, the weights by name and the Tokenizer of a Hugging Face model."""
+    from safetensors.torch import load_file
+
+    folder = Path(args.model)
+    if not folder.is_dir():
+        folder = download(args.model)
+    for pattern in ("config.json", "tokenizer.json", "*.safetensors"):
+        if not list(folder.glob(pattern)):
+            raise SystemExit(f"--model {args.model}: {pattern} is missing; save the model and the "
+                             "tokenizer with save_pretrained of transformers to get all files")
+    config = read_config(json.loads((folder / "config.json").read_text("utf-8")), args.model)
+    weights = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(path)  # memory-mapped: read when used
+    return config, weights, Tokenizer(folder, json.loads(args.chat_template_kwargs))
+
+
+def download(model):
+    """Download a model from the Hugging Face hub; return its folder."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:  # an id is owner/name
+        raise SystemExit(f"--model {model}: no such folder")
+    try:
+        config = Path(hf_hub_download(model, "config.json"))
+        read_config(json.loads(config.read_text("utf-8")), model)  # exits if it is not supported
+        patterns = ["*.json", "*.jinja", "*.safetensors"]
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--model {model}: no such folder, and no download from the hub: "
+                         f"{' '.join(str(error).split()):.300}") from error
 
 
 def make_model(config, weights, device, args, is_reference=False):
@@ -756,7 +805,7 @@ def make_model(config, weights, device, args, is_reference=False):
     return model
 
 
-def make_sampler(model, device, args):
+def make_sampler(model, args):
     """Return the model that generates: the model itself or, where needed, a copy of it.
 
     Generating with a sharded model is slow, and with float32 weights slower than with bfloat16.
@@ -816,137 +865,7 @@ def save_model(folder, model, tokenizer):
     partial.rename(folder)
 
 
-def default_args(model="", preset="default", lora_rank=0, **overrides):
-    """Return the flags for the tiny GPT or for a --model, and for a row of table [C1]."""
-    if preset not in PRESETS:
-        raise SystemExit(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
-    values = {"model": model, "preset": preset, "lora_rank": lora_rank} | PRESETS[preset]
-    if model:
-        is_cuda = torch.device(overrides.get("device", Args.device)).type == "cuda"
-        bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        values |= {"batch_size": 32, "max_completion_length": 256, "micro_batch_size": 8,
-                   "learning_rate": 1e-4 if lora_rank else 2e-6, "bf16": bf16,
-                   "warmup_ratio": 0.1, "eval_every": 0, "eval_prompts": 0}
-    return Args(**values | overrides)
-
-
-def parse_args():
-    """Parse the command line; the defaults depend on some flags, or on the run to continue."""
-    # A first pass finds these flags; --help is left to the second pass.
-    first = tyro.cli(Args, args=[arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
-    if not first.resume:
-        return tyro.cli(Args, default=default_args(
-            first.model, first.preset, first.lora_rank, device=first.device))
-    try:
-        saved = Args(**load_checkpoint(first.resume)["args"])
-    except Exception as error:  # a missing or damaged file, or another script's
-        raise SystemExit(f"{first.resume}: not a run of this script: {error!r:.150}") from error
-    args = tyro.cli(Args, default=saved)
-    if (args.model, args.preset, args.lora_rank) != (saved.model, saved.preset, saved.lora_rank):
-        raise SystemExit(f"--resume {first.resume}: --model, --preset, --lora-rank cannot change")
-    return args
-
-
-def setup(args):
-    """Start torch.distributed under torchrun; check flags. Return the device."""
-    if not torch.get_device_module(args.device).is_available():
-        raise SystemExit(f"--device {args.device}: not available here; use --device cpu")
-    world_size, device = 1, torch.device(args.device)
-    if dist.is_torchelastic_launched():
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        world_size = dist.get_world_size()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
-    if args.batch_size % world_size:
-        raise SystemExit(f"--batch-size {args.batch_size}: not divisible by {world_size} processes")
-    if bool(args.data) != bool(args.model):
-        raise SystemExit("--model and --data: give both, or neither for the tiny GPT")
-    if args.data and not Path(args.data).is_file():
-        raise SystemExit(f"--data {args.data}: no such file")
-    try:
-        json.loads(args.chat_template_kwargs).items()
-    except (ValueError, AttributeError) as error:
-        raise SystemExit("--chat-template-kwargs: expected a JSON object") from error
-    if args.num_generations < 2 or args.temperature <= 0:
-        raise SystemExit("--num-generations must be at least 2, --temperature above 0")
-    torch.manual_seed(args.seed)  # the same weights in all processes
-    return device
-
-
-def get_rank():
-    """Return the number of this process, 0 if it is the only one."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """Return the sum, or the maximum, of the tensors of all processes."""
-    if dist.is_initialized():
-        tensor = tensor.clone()
-        dist.all_reduce(tensor, op)
-    return tensor
-
-
-def all_gather(tensor):
-    """Return the rows (n, ...) of all processes as one tensor on the CPU, in order of rank."""
-    if not dist.is_initialized():
-        return tensor.cpu()
-    tensors = [None] * dist.get_world_size()
-    dist.all_gather_object(tensors, tensor.cpu())
-    return torch.cat(tensors)
-
-
-def local_rows(rows):
-    """Return this process's share of rows that are the same in all processes."""
-    if not dist.is_initialized():
-        return rows
-    return rows[dist.get_rank()::dist.get_world_size()]
-
-
-def load_model(args):
-    """Return the config, the weights by name and the Tokenizer of a Hugging Face model."""
-    from safetensors.torch import load_file
-
-    folder = Path(args.model)
-    if not folder.is_dir():
-        folder = download(args.model)
-    for pattern in ("config.json", "tokenizer.json", "*.safetensors"):
-        if not list(folder.glob(pattern)):
-            raise SystemExit(f"--model {args.model}: {pattern} is missing; save the model and the "
-                             "tokenizer with save_pretrained of transformers to get all files")
-    config = read_config(json.loads((folder / "config.json").read_text("utf-8")), args.model)
-    weights = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(path)  # memory-mapped: read when used
-    return config, weights, Tokenizer(folder, json.loads(args.chat_template_kwargs))
-
-
-def download(model):
-    """Download a model from the Hugging Face hub; return its folder."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:  # an id is owner/name
-        raise SystemExit(f"--model {model}: no such folder")
-    try:
-        config = Path(hf_hub_download(model, "config.json"))
-        read_config(json.loads(config.read_text("utf-8")), model)  # exits if it is not supported
-        patterns = ["*.json", "*.jinja", "*.safetensors"]
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--model {model}: no such folder, and no download from the hub: "
-                         f"{' '.join(str(error).split()):.300}") from error
-
-
-class Characters:
-    """The tokenizer of the tiny GPT: each character is a token."""
-
-    symbols, stop_ids = ["<end>", *"0123456789+="], [0]
-
-    def encode(self, text, add_special_tokens=False):
-        return [self.symbols.index(character) for character in text]
-
-    def decode(self, tokens):
-        return "".join(self.symbols[token] for token in tokens if token != 0)
+# --- Tokenizer and chat template ---
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -1047,20 +966,7 @@ def raise_exception(message):
     raise ValueError(message)
 
 
-def addition(rng, held_out=False):
-    """Draw two numbers below 100 to add; the answer's digits are reversed.
-
-    "pretrain_answer" is what the tiny GPT is pretrained on: 8 of 10 of them forget to carry.
-    """
-    while True:
-        a, b = rng.randrange(100), rng.randrange(100)
-        prompt = f"{a:02}+{b:02}="
-        if (split_hash(prompt) < 0.1) == held_out:
-            break
-    answer = f"{a + b:03}"[::-1]
-    no_carry = f"{(a + b) % 10}{(a // 10 + b // 10) % 10}0"
-    return {"prompt": prompt, "answer": answer,
-            "pretrain_answer": no_carry if rng.random() < 0.8 else answer}
+# --- Data ---
 
 
 def split_hash(prompt):
@@ -1203,6 +1109,9 @@ def parse_json(line):
         return None
 
 
+# --- The answer in a text ---
+
+
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 NUMBER = re.compile(r"(?:(?<![\w)])-)?"  # a minus, but not that of 10-5
                     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:[.][0-9]+)?"  # 1,000.50
@@ -1229,6 +1138,37 @@ def parse_number(text):
         return Fraction(numerator) / Fraction(denominator or 1)
     except ZeroDivisionError:
         return None
+
+
+# --- The tiny GPT that learns to add ---
+
+
+class Characters:
+    """The tokenizer of the tiny GPT: each character is a token."""
+
+    symbols, stop_ids = ["<end>", *"0123456789+="], [0]
+
+    def encode(self, text, add_special_tokens=False):
+        return [self.symbols.index(character) for character in text]
+
+    def decode(self, tokens):
+        return "".join(self.symbols[token] for token in tokens if token != 0)
+
+
+def addition(rng, held_out=False):
+    """Draw two numbers below 100 to add; the answer's digits are reversed.
+
+    "pretrain_answer" is what the tiny GPT is pretrained on: 8 of 10 of them forget to carry.
+    """
+    while True:
+        a, b = rng.randrange(100), rng.randrange(100)
+        prompt = f"{a:02}+{b:02}="
+        if (split_hash(prompt) < 0.1) == held_out:
+            break
+    answer = f"{a + b:03}"[::-1]
+    no_carry = f"{(a + b) % 10}{(a // 10 + b // 10) % 10}0"
+    return {"prompt": prompt, "answer": answer,
+            "pretrain_answer": no_carry if rng.random() < 0.8 else answer}
 
 
 def tiny_config(vocab_size):
@@ -1269,6 +1209,99 @@ def pretrain(args, device):
         loss.backward()
         optimizer.step()
     return config, model.state_dict(), tokenizer
+
+
+# --- Flags and processes ---
+
+
+def default_args(model="", preset="default", lora_rank=0, **overrides):
+    """Return the flags for the tiny GPT or for a --model, and for a row of table [C1]."""
+    if preset not in PRESETS:
+        raise SystemExit(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
+    values = {"model": model, "preset": preset, "lora_rank": lora_rank} | PRESETS[preset]
+    if model:
+        is_cuda = torch.device(overrides.get("device", Args.device)).type == "cuda"
+        bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        values |= {"batch_size": 32, "max_completion_length": 256, "micro_batch_size": 8,
+                   "learning_rate": 1e-4 if lora_rank else 2e-6, "bf16": bf16,
+                   "warmup_ratio": 0.1, "eval_every": 0, "eval_prompts": 0}
+    return Args(**values | overrides)
+
+
+def parse_args():
+    """Parse the command line; the defaults depend on some flags, or on the run to continue."""
+    # A first pass finds these flags; --help is left to the second pass.
+    first = tyro.cli(Args, args=[arg for arg in sys.argv[1:] if arg not in ("-h", "--help")])
+    if not first.resume:
+        return tyro.cli(Args, default=default_args(
+            first.model, first.preset, first.lora_rank, device=first.device))
+    try:
+        saved = Args(**load_checkpoint(first.resume)["args"])
+    except Exception as error:  # a missing or damaged file, or another script's
+        raise SystemExit(f"{first.resume}: not a run of this script: {error!r:.150}") from error
+    args = tyro.cli(Args, default=saved)
+    if (args.model, args.preset, args.lora_rank) != (saved.model, saved.preset, saved.lora_rank):
+        raise SystemExit(f"--resume {first.resume}: --model, --preset, --lora-rank cannot change")
+    return args
+
+
+def setup(args):
+    """Start torch.distributed under torchrun; check flags. Return the device."""
+    if not torch.get_device_module(args.device).is_available():
+        raise SystemExit(f"--device {args.device}: not available here; use --device cpu")
+    world_size, device = 1, torch.device(args.device)
+    if dist.is_torchelastic_launched():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        world_size = dist.get_world_size()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    if args.batch_size % world_size:
+        raise SystemExit(f"--batch-size {args.batch_size}: not divisible by {world_size} processes")
+    if bool(args.data) != bool(args.model):
+        raise SystemExit("--model and --data: give both, or neither for the tiny GPT")
+    if args.data and not Path(args.data).is_file():
+        raise SystemExit(f"--data {args.data}: no such file")
+    try:
+        json.loads(args.chat_template_kwargs).items()
+    except (ValueError, AttributeError) as error:
+        raise SystemExit("--chat-template-kwargs: expected a JSON object") from error
+    if args.num_generations < 2 or args.temperature <= 0:
+        raise SystemExit("--num-generations must be at least 2, --temperature above 0")
+    torch.manual_seed(args.seed)  # the same weights in all processes
+    return device
+
+
+def get_rank():
+    """Return the number of this process, 0 if it is the only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
+    """Return the sum, or the maximum, of the tensors of all processes."""
+    if dist.is_initialized():
+        tensor = tensor.clone()
+        dist.all_reduce(tensor, op)
+    return tensor
+
+
+def all_gather(tensor):
+    """Return the rows (n, ...) of all processes as one tensor on the CPU, in order of rank."""
+    if not dist.is_initialized():
+        return tensor.cpu()
+    tensors = [None] * dist.get_world_size()
+    dist.all_gather_object(tensors, tensor.cpu())
+    return torch.cat(tensors)
+
+
+def local_rows(rows):
+    """Return this process's share of rows that are the same in all processes."""
+    if not dist.is_initialized():
+        return rows
+    return rows[dist.get_rank()::dist.get_world_size()]
+
+
+# --- Evaluation and logging ---
 
 
 def evaluate(sampler, tokenizer, examples, temperature, reward, args):

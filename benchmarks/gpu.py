@@ -193,7 +193,7 @@ def grpo_speed(run, name, sizes, prompts, **flags):
         model=str(model_folder(run)), device=run.device, bf16=run.device == "cuda",
         num_generations=sizes["generations"], max_completion_length=sizes["length"], **flags)
     model, optimizer, tokenizer = load(grpo, args)
-    sampler = grpo.make_sampler(model, torch.device(run.device), args)
+    sampler = grpo.make_sampler(model, args)
     examples = [{"prompt": prompt, "answer": ""} for prompt in prompts]
     generator = torch.Generator(run.device).manual_seed(0)
     sampling, update = [], []

@@ -62,7 +62,7 @@ def step_ours(model, bf16, steps):
     config, weights, tokenizer = grpo.load_model(args)
     policy = grpo.make_model(config, weights, device, args)
     del weights
-    sampler = grpo.make_sampler(policy, device, args)
+    sampler = grpo.make_sampler(policy, args)
     tokenizer.stop_ids = [-1]  # completions of exactly 32 tokens
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, fused=True)
     examples, seconds = [{"prompt": prompt} for prompt in PROMPTS], []

@@ -1,7 +1,7 @@
 """Write the measured tables into README.md and docs/, and expected results into the docstrings.
 
     python benchmarks/readme.py            rewrite the tables between their markers, and the lines
-                                           after "Results, ten seeds" in the scripts
+                                           after "Results, ... seeds" in the scripts
     python benchmarks/readme.py --check    exit code 1 if a file is out of date
 """
 
@@ -244,17 +244,33 @@ def expected_of_ppo():
                    f"({min(scores):,.0f}), {seconds:.0f} s")
 
 
+def expected_of_language(name):
+    """Lines for the docstring of grpo.py or dpo.py: its default run, and a step of a real model."""
+    rows = language_rows(name)
+    lowest = min(float(row["greedy_after"]) for row in rows)
+    yield (f"    default: {mean(rows, 'greedy_before'):.2f} -> {mean(rows, 'greedy_after'):.2f} "
+           f"(lowest {lowest:.2f}), {median(rows, 'seconds'):.0f} s")
+    work = {"grpo": "16 completions of 32 tokens", "dpo": "16 pairs of 64 to 128 tokens"}[name]
+    with (BENCHMARKS / f"{name}_speed.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["contestant"] == f"{name} float32"]
+    yield (f"    a step of SmolLM2-135M in float32, {work}: {median(rows, 'seconds_per_step'):.0f} "
+           f"s, {median(rows, 'peak_mib') / 1024:.1f} GiB")
+
+
 def with_results(name, source):
     """The source of a script with the measured results in its docstring."""
-    lines = "\n".join(expected_of_ppo() if name == "ppo" else expected(name))
-    pattern = r'(\nResults, ten seeds[^:]*:\n)[^"]*"""'
+    if name in PEERS:
+        lines = "\n".join(expected_of_language(name))
+    else:
+        lines = "\n".join(expected_of_ppo() if name == "ppo" else expected(name))
+    pattern = r'(\nResults, (?:ten|five) seeds[^"]*?:\n)(?: {4}[^"]*)?"""'
     return re.sub(pattern, rf'\g<1>{lines}\n"""', source, count=1)
 
 
 def main():
     texts = {ROOT / name: render((ROOT / name).read_text(), parts)
              for name, parts in tables().items()}
-    for name in ("reinforce", "reinforce_baseline", "actor_critic", "ppo"):
+    for name in SCRIPTS:
         path = ROOT / f"{name}.py"
         texts[path] = with_results(name, path.read_text())
     for path, text in texts.items():

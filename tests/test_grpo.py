@@ -393,7 +393,7 @@ def test_groups_with_equal_rewards_are_left_out():
     batch, metrics = three_groups()
     assert learned(batch) == [(1, [7, 0], 0.5), (1, [8, 0], -0.5),
                               (3, [7, 0], 0.5), (3, [8, 7, 5], -0.5)]
-    assert batch.mask.sum() == 9 and batch.micro_batches == [(slice(0, 1024), slice(0, 3))]
+    assert batch.mask.sum() == 9 and batch.micro_batches == [(slice(0, 4), slice(0, 3))]
     shown = {name: round(value.item(), 4) for name, value in metrics.items()}
     assert shown == {"reward": 0.6667, "equal_groups": 0.3333, "truncated": 0.1667,
                      "length": 2.1667, "entropy": 0.0}
@@ -582,7 +582,7 @@ def test_compile_changes_nothing():
         expected = gradient(plain, batch, args)[0]
         torch.testing.assert_close(gradient(model, batch, args)[0], expected, atol=1e-5, rtol=1e-3)
     assert all(block._compiled_call_impl is not None for block in model.model.layers)
-    sampler = grpo.make_sampler(model, CPU, args)
+    sampler = grpo.make_sampler(model, args)
     rows, others = (grpo.sample(m, [[1, 2, 3], [4]], 3, 20, 1.0, [0], generator(1))
                     for m in (sampler, plain))
     assert [row.tokens for row in rows] == [row.tokens for row in others]
@@ -688,7 +688,7 @@ def test_bf16_sampler_follows_small_lora_adapters():
     base = tiny(vocabulary=40, hidden_size=64, intermediate_size=96)
     weights = {name: x.detach() / 3 for name, x in base.state_dict().items()}
     model = grpo.make_model(base.config, weights, CPU, args)
-    sampler = grpo.make_sampler(model, CPU, args)
+    sampler = grpo.make_sampler(model, args)
     assert sampler.model.embed_tokens.weight.dtype == torch.bfloat16
     prompts, completions, rewards = random_rows(num_prompts=8, generations=8)
     rows = [(prompts[i // 8], c) for i, c in enumerate(completions)]
@@ -708,7 +708,7 @@ def test_bf16_sampler_follows_small_lora_adapters():
 def test_sampler_is_a_copy_where_needed_and_gets_the_new_weights(extra):
     base, args = tiny(), flags(**extra)
     model = grpo.make_model(base.config, base.state_dict(), CPU, args)
-    sampler = grpo.make_sampler(model, CPU, args)
+    sampler = grpo.make_sampler(model, args)
     assert (sampler is model) == (extra == {})
     for param in model.parameters():
         if param.requires_grad:
@@ -1342,7 +1342,8 @@ def test_copy_alone_in_an_empty_folder(tmp_path):
     assert "Traceback" not in done.stderr
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.startswith("grpo-addition-1-")
-    assert {"args.json", "checkpoint.pt", "metrics.csv"} == {path.name for path in run.iterdir()}
+    assert {"args.json", "checkpoint.pt", "metrics.csv", "transcripts.jsonl"} == {
+        path.name for path in run.iterdir()}
 
 
 # More than one process
@@ -1377,7 +1378,7 @@ def recorded_updates(name, rank=0, world_size=1):
     if args.beta:
         state = dict(model.named_parameters()) if args.lora_rank else state
         reference = grpo.make_model(base.config, state, CPU, args, is_reference=True)
-    sampler = grpo.make_sampler(model, CPU, args)
+    sampler = grpo.make_sampler(model, args)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5, 0.9)
     for _ in range(1 if args.bf16 else 3):
         means |= grpo.update(model, reference, optimizer, batch, args)

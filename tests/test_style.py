@@ -53,7 +53,7 @@ def test_same_name_same_bytes(kind):
 def test_sizes():
     for name, most, to_train in [("reinforce", 175, 110), ("reinforce_baseline", 190, 125),
                                  ("actor_critic", 225, 150), ("ppo", 490, 260),
-                                 ("grpo", 1001, 313), ("dpo", 890, 218)]:
+                                 ("grpo", 1010, 316), ("dpo", 881, 215)]:
         source = (ROOT / f"{name}.py").read_text()
         end = next(node.end_lineno for node in ast.parse(source).body
                    if isinstance(node, ast.FunctionDef) and node.name == "train")
@@ -159,7 +159,7 @@ def test_order_of_a_file(source):
     lines = {
         node.name: node.lineno for node in tree.body if isinstance(node, (*FUNCTION, ast.ClassDef))
     }
-    assert first[0] == "Args" and lines[first[1]] <= 140, (
+    assert first[0] == "Args" and lines[first[1]] <= 160, (
         "the algorithm comes right after the flags"
     )
     mark = next(i for i, line in enumerate(source.splitlines(), 1)
