@@ -34,9 +34,9 @@ SCRIPTS = {  # name: (method with its source, what is new in the file)
     "ppo": ("PPO with GAE ([Schulman et al. 2017](https://arxiv.org/abs/1707.06347))",
             "several updates with each batch, under a clipped objective"),
     "grpo": ("GRPO and variants ([Shao et al. 2024](https://arxiv.org/abs/2402.03300))",
-             "language models: the mean reward of a group of answers is the baseline"),
+             "for language models; the mean reward of a group of completions is the baseline"),
     "dpo": ("DPO and variants ([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290))",
-            "pairs of answers instead of rewards: a classification loss, no sampling"),
+            "a classification loss on pairs of answers replaces rewards and sampling"),
 }
 PEERS = {"grpo": "TRL's GRPOTrainer", "dpo": "TRL's DPOTrainer"}
 
@@ -76,57 +76,70 @@ def language_rows(name):
     return {"grpo": grpo, "dpo": dpo}[name].read(f"{name}.csv")
 
 
-def solves(name):
-    """What a script solves, and in how many seconds."""
+def result(name):
+    """What a script reaches, and in how many seconds."""
     if name in PEERS:
         rows = language_rows(name)
-        return (f"sums: {100 * mean(rows, 'greedy_before'):.0f}% right before, "
-                f"{100 * mean(rows, 'greedy_after'):.0f}% after {median(rows, 'seconds'):.0f} s")
+        old = "earlier" in cartpole.note(f"{name}.json", "default")
+        return (f"addition task: {100 * mean(rows, 'greedy_before'):.0f}% correct before, "
+                f"{100 * mean(rows, 'greedy_after'):.0f}% after; {median(rows, 'seconds'):.0f} s"
+                + " (earlier version of the script)" * old)
     rows = cartpole.grouped(cartpole.read_rows(BENCHMARKS / "cartpole.csv"))[name]
     solved = sum(row["solved"] for row in rows)
-    seconds = cartpole.median(rows, "process_seconds", True)
-    return f"CartPole-v1 in {seconds:.1f} s ({solved:.0f} of {len(rows)} seeds)"
+    whole, training = (cartpole.median(rows, column, True)
+                       for column in ("process_seconds", "train_seconds"))
+    return (f"CartPole-v1 solved by {solved:.0f} of {len(rows)} seeds; {whole:.1f} s, of which "
+            f"{training:.1f} s are training")
 
 
 def files():
     """Markdown for README.md: a line for each script."""
-    lines = ["| file | method | new in this file | solves | code lines (to the end of `train`) |",
+    lines = ["| file | method | new in this file | result | lines of code (algorithm only) |",
              "|---|---|---|---|---|"]
-    lines += [f"| [`{name}.py`]({name}.py) | {method} | {new} | {solves(name)} | {sizes(name)} |"
+    lines += [f"| [`{name}.py`]({name}.py) | {method} | {new} | {result(name)} | {sizes(name)} |"
               for name, (method, new) in SCRIPTS.items()]
     return "\n".join(lines)
 
 
 def picture(results_page):
-    """Markdown below docs/img/overview.png: its command, and panels of earlier versions."""
-    parts = {"CartPole": ("curves.json", "cartpole"),
-             "HalfCheetah": ("curves.json", "half_cheetah"),
+    """Markdown: the caption of docs/img/overview.png, with the panels of earlier versions."""
+    parts = {"HalfCheetah": ("curves.json", "half_cheetah"),
              "GRPO": ("grpo.json", "curve"), "DPO": ("dpo.json", "frontier")}
     old = [panel for panel, entry in parts.items() if "earlier" in cartpole.note(*entry)]
-    text = "`python benchmarks/curves.py --report` draws this picture from the committed CSVs."
+    text = ("*The picture shows learning curves of the four control scripts on CartPole, of "
+            "`ppo.py` on HalfCheetah and of `grpo.py` with the language model SmolLM2-135M, and "
+            "the reward of `dpo.py` beside the best possible reward")
     if old:
-        text += (f" Panels with curves of earlier versions of the scripts: {', '.join(old)} "
-                 f"([details]({results_page}#learning-curves)).")
-    return text
+        text += ("; these panels were measured with earlier versions of the scripts: "
+                 f"{', '.join(old)} ([details]({results_page}#learning-curves))")
+    return f"{text}.*"
 
 
 def ladder():
     """Markdown for docs/index.md: a line for each page of a script."""
-    lines = ["| page | new in this script | solves |", "|---|---|---|"]
-    lines += [f"| [{method.split(' (')[0]}]({name}.md) | {new} | {solves(name)} |"
+    lines = ["| page | new in this script | result |", "|---|---|---|"]
+    lines += [f"| [{method.split(' (')[0]}]({name}.md) | {new} | {result(name)} |"
               for name, (method, new) in SCRIPTS.items()]
     return "\n".join(lines)
+
+
+def marked(note):
+    """A mark for a result with a note; result_notes explains it."""
+    return " †" if note else ""
 
 
 def solve_result():
     """A line of the README's table of results: CartPole-v1 until solved."""
     groups = cartpole.grouped(cartpole.read_rows(BENCHMARKS / "cartpole.csv"))
-    own, peer = (cartpole.median(groups[name], "process_seconds", True)
-                 for name in ("ppo", "sb3-ppo"))
+    seconds = {name: [cartpole.median(groups[name], column, True)
+                      for column in ("train_seconds", "process_seconds")]
+               for name in ("ppo", "sb3-ppo")}
     solved = sum(row["solved"] for row in groups["ppo"])
-    return ("| CartPole-v1, until the score is 475 | `python ppo.py --env-id CartPole-v1 --stop-at "
-            f"475` | reached by {solved:.0f} of {len(groups['ppo'])} seeds | {own:.1f} | "
-            f"Stable-Baselines3 PPO, tuned, on the same machine: {peer:.1f} s |")
+    training, whole = seconds["ppo"]
+    return ("| CartPole-v1 until solved | `python ppo.py --env-id CartPole-v1 --stop-at 475` "
+            f"| solved by {solved:.0f} of {len(groups['ppo'])} seeds | {len(groups['ppo'])} "
+            f"| {training:.1f} | {whole:.1f} | Stable-Baselines3 PPO, tuned, same machine: "
+            "{:.1f} s of training, {:.1f} s in total |".format(*seconds["sb3-ppo"]))
 
 
 def control_results():
@@ -139,14 +152,15 @@ def control_results():
             continue
         score, low, high = ppo.interval([float(row["score"]) for row in runs])
         peer = published.get(task)
-        beside = "—"
+        comparison = "—"
         if peer:
             other = "" if peer["published_task"] == task else f"{peer['published_task']}, "
-            beside = (f"RL Baselines3 Zoo: {float(peer['score']):,.4g} "
-                      f"({other}{peer['steps']} steps)")
+            comparison = (f"RL Baselines3 Zoo, published: {float(peer['score']):,.4g} "
+                          f"({other}{peer['steps']} steps)")
         command = f"python ppo.py --env-id {task} {flags}".strip()
-        yield (f"| {task}, {int(runs[0]['steps']):,} steps | `{command}` | {score:,.4g} "
-               f"({low:,.4g} to {high:,.4g}) | {median(runs, 'seconds'):.0f} | {beside} |")
+        yield (f"| {task}, {int(runs[0]['steps']):,} steps{marked(cartpole.note('ppo.json', task))}"
+               f" | `{command}` | {score:,.4g} (95% interval {low:,.4g} to {high:,.4g}) "
+               f"| {len(runs)} | {median(runs, 'seconds'):.0f} | — | {comparison} |")
 
 
 def language_results():
@@ -156,22 +170,37 @@ def language_results():
         scores = [float(row["greedy_after"]) for row in rows]
         own, other = (median([row for row in speed if row["contestant"] == f"{who} float32"],
                              "seconds_per_step") for who in (name, "trl"))
-        yield (f"| sums, held-out accuracy | `python {name}.py` | {ppo.plot.iqm(scores):.3f} "
-               f"({min(scores):.3f} to {max(scores):.3f}) | {median(rows, 'seconds'):.0f} "
-               f"| {peer}: {other / own:.1f} times the time per step (SmolLM2-135M) |")
+        yield (f"| addition task{marked(cartpole.note(f'{name}.json', 'default'))} "
+               f"| `python {name}.py` | accuracy {ppo.plot.iqm(scores):.3f} "
+               f"(range {min(scores):.3f} to {max(scores):.3f}) | {len(rows)} "
+               f"| — | {median(rows, 'seconds'):.0f} | {peer}: a step of SmolLM2-135M in float32 "
+               f"takes {other / own:.1f} times as long |")
 
 
 def results():
     """Markdown: the README's table of results, at most ten lines."""
-    lines = ["| task | command | score | seconds | beside |", "|---|---|---|---|---|"]
+    lines = ["| task | command | score | seeds | training, s | whole process, s | for comparison |",
+             "|---|---|---|---|---|---|---|"]
     return "\n".join([*lines, solve_result(), *[*control_results()][:7], *language_results()])
 
 
+def result_notes():
+    """Markdown: what is special about the results with a mark."""
+    parts = {task: ("ppo.json", task) for task, *_ in ppo.TASKS}
+    parts |= {f"addition task, {name}.py": (f"{name}.json", "default") for name in PEERS}
+    notes = {what: cartpole.note(*entry) for what, entry in parts.items()}
+    shown = results()
+    return "\n".join(f"† {what}: {note}.\n" for what, note in notes.items()
+                     if note and what.split(",")[0] in shown).rstrip()
+
+
 def mutants():
-    """Markdown: the number of known bugs, and how many of them a test catches."""
+    """Markdown: the number of inserted bugs, and how many of them a test finds."""
     with (BENCHMARKS / "mutants.csv").open(newline="") as file:
-        caught = [bool(row["caught_by"]) for row in csv.DictReader(file)]
-    return f"**{len(caught)} known bugs, {sum(caught)} caught.**"
+        found = [bool(row["caught_by"]) for row in csv.DictReader(file)]
+    if all(found):
+        return f"**The tests find all {len(found)} inserted bugs.**"
+    return f"**The tests find {sum(found)} of {len(found)} inserted bugs.**"
 
 
 def with_sources(table, name, *parts):
@@ -186,7 +215,8 @@ def tables():
     scores = [task for task, *_ in ppo.TASKS]
     return {
         "README.md": {"picture": picture("docs/results.md"), "files": files(),
-                      "results": results(), "mutants": mutants()},
+                      "results": results(), "result notes": result_notes(),
+                      "mutants": mutants()},
         "docs/index.md": {"ladder": ladder(), "picture": picture("results.md")},
         "docs/results.md": {
             "solve": with_sources(solve, "cartpole.json", "cartpole.csv", "cartpole.csv, ppo"),

@@ -26,33 +26,33 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "mutants")]
-ablations, cartpole, curves, dpo, grpo, mutants, ppo, tasks = map(importlib.import_module, (
-    "ablations", "cartpole", "curves", "dpo", "grpo", "run", "ppo", "tasks"))
+ablations, cartpole, curves, dpo, grpo, mutants, ppo, readme, tasks = map(importlib.import_module, (
+    "ablations", "cartpole", "curves", "dpo", "grpo", "run", "ppo", "readme", "tasks"))
 
 LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "ppo", "grpo", "dpo"]
 BELOW = re.compile(r"\n# --- The algorithm ends here")
 TAGGED = re.compile(r"\s*(.*\S)\s{2,}# ((?:\(\d|\[C).*)")  # a line of code and its tag
-INTRO = """# Known bugs
+INTRO = """# Bug list
 
 After this page you know:
 
 - which single lines decide whether an implementation is correct,
-- which test catches each bug.
+- which test finds each bug.
 
 Each entry is a bug that occurred in some implementation, or that follows from an equation or from
 the behavior of the environments. It shows the line of the script (`-`), the broken line (`+`) and
-the test that fails. `python tests/mutants/run.py` makes all broken copies and runs the tests:
-**{figure}**.
+the test that fails. `python tests/mutants/run.py` inserts each bug into a copy of its script and
+runs the tests. {figure}
 
 Lines with the number of an equation or the letter of a choice are listed even if they have no
 broken copy.
 """
 EFFECT = """
-Some entries end with two scores: of training with the bug and without it, with the same ten seeds,
-on CartPole-v1 for 100,000 steps or on the sums (`benchmarks/lines.csv` has the flags). Each score
-is an interquartile mean at the end of training. {harmless} of {shown} broken copies reach at least
-95 % of the score without the bug. A learning curve does not show these bugs, so they need a
-test.{notes}
+Some entries end with two scores, with the bug and without it. Both come from training with the same
+ten seeds, on CartPole-v1 for 100,000 steps or on the addition task (`benchmarks/lines.csv` has the
+flags). Each score is an interquartile mean at the end of training. {harmless} of {shown} broken
+copies reach at least 95 % of the score without the bug. A learning curve does not show these bugs,
+so they need a test.{notes}
 """
 
 
@@ -114,10 +114,10 @@ def choices(name):
             rows.append((int(letters[0]), number, f"| {shown} | {number} | {cell(match[1])} |"))
     letters = re.findall(r"^\[C\d+\]", read_script(name).split('"""')[1], re.MULTILINE)
     rest = [letter for letter in letters if not any(letter in row for *_, row in rows)]
-    note = f"Choices without a marked line: {', '.join(rest)}. " if rest else ""
+    note = f"Choices that are not one line: {', '.join(rest)}. " if rest else ""
     return "\n".join([
         "| choice | line | code |", "|---|---|---|", *(row for *_, row in sorted(rows)), "",
-        f"{note}Broken versions of these lines: [known bugs](lines.md#{name}py)."])
+        f"{note}The [bug list](lines.md#{name}py) has broken versions of these lines."])
 
 
 def diff(*words):
@@ -181,24 +181,42 @@ def ablation(name):
     return ablations.table(name) + (f"\n\n*Note: {note}.*" if note else "")
 
 
+def language_results(name):
+    """The tables of grpo.py or dpo.py."""
+    module, note = {"grpo": grpo, "dpo": dpo}[name], cartpole.note(f"{name}.json", "default")
+    return ["The table shows the default runs with the seeds 11 to 15. It has the accuracy on "
+            "held-out sums before and after training, for greedy and for sampled answers"
+            f"{f' ({note})' if note else ''}.", module.default_table(),
+            "The next table compares one training step of SmolLM2-135M with the same step of "
+            "TRL's trainer, on two CPU cores.", module.speed_table()]
+
+
+def control_results(name):
+    """The tables of one of the other scripts."""
+    before = LADDER[:LADDER.index(name) + 1][-2:]
+    solved = cartpole.solve_table(cartpole.read_rows(ROOT / "benchmarks" / "cartpole.csv"))
+    parts = ["A run on CartPole-v1 stops when it is solved: the mean return of the last 100 "
+             "episodes has reached 475. The table shows medians over the seeds 11 to 20, and in "
+             "brackets the ratio to `ppo.py`.", rows_of(solved, *before),
+             "A run on the next tasks stops when its score reaches the goal, or when the steps are "
+             f"used up. The seeds are 11 to 20{task_note(name)}.",
+             of_commands(rows_of(tasks.table(), name))]
+    if name == "ppo":
+        notes = {task: cartpole.note("ppo.json", task) for task, *_ in ppo.TASKS}
+        parts += ["In the next table a run uses all its steps, and the score is that at the end. "
+                  "A goal does not stop a run here; it only shows how good a score is. Tasks of "
+                  "the table above have a stricter goal here. The first seed is 11.",
+                  of_commands(ppo.score_table()),
+                  *(f"*Note on {task}: {note}.*" for task, note in notes.items() if note)]
+    return parts
+
+
 def results(name):
     """The tables and pictures of a script."""
     if name in ("grpo", "dpo"):
-        module = {"grpo": grpo, "dpo": dpo}[name]
-        parts = ["Default runs, seeds 11 to 15:", module.default_table(),
-                 "One step with SmolLM2-135M, beside TRL's trainer:", module.speed_table()]
-        pictures = module.PICTURES
+        parts, pictures = language_results(name), {"grpo": grpo, "dpo": dpo}[name].PICTURES
     else:
-        before = LADDER[:LADDER.index(name) + 1][-2:]
-        solved = cartpole.solve_table(cartpole.read_rows(ROOT / "benchmarks" / "cartpole.csv"))
-        parts = ["CartPole-v1 until the mean return of 100 episodes is 475: medians over the "
-                 "seeds 11 to 20, in brackets the ratio to `ppo.py`:", rows_of(solved, *before),
-                 "Other tasks, seeds 11 to 20, until the goal is reached or the steps are used up"
-                 f"{task_note(name)}:", of_commands(rows_of(tasks.table(), name))]
-        if name == "ppo":
-            parts += ["Scores at the end of training, seeds from 11 on:",
-                      of_commands(ppo.score_table())]
-        pictures = curves.PICTURES[name]
+        parts, pictures = control_results(name), curves.PICTURES[name]
     sources = f"{name if name in ('grpo', 'dpo') else 'curves'}.json"
     for picture, (text, part) in pictures.items():
         if (ROOT / "docs" / picture).exists():
@@ -310,8 +328,7 @@ def lines():
               for row in read("lines.csv")}
     effects = {key[:2]: (score, scores[key[0], "", key[2]]) for key, score in scores.items()
                if key[1] and (key[0], "", key[2]) in scores}
-    figure = f"{len(caught)} known bugs, {sum(map(bool, caught.values()))} caught"
-    parts = [INTRO.format(figure=figure)]
+    parts = [INTRO.format(figure=readme.mutants())]
     if effects:
         harmless = sum(broken >= 0.95 * right for broken, right in effects.values())
         notes = [f"\nThe scores of `{name}.py` were {note}." for name in LADDER

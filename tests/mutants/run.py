@@ -1,4 +1,4 @@
-"""Put known bugs into copies of the scripts, one at a time, and check that a test fails.
+"""Insert bugs into copies of the scripts, one at a time, and check that a test fails.
 
     python tests/mutants/run.py                  all mutants, two at a time
     python tests/mutants/run.py ppo grpo         those of these scripts
@@ -158,7 +158,7 @@ def main():
             writer.writeheader()
             writer.writerows(rows)
     caught = sum(bool(row["caught_by"]) for row in rows)
-    print(f"{len(rows)} known bugs, {caught} caught, in {time.perf_counter() - start:.0f} s")
+    print(f"{len(rows)} inserted bugs, {caught} caught, in {time.perf_counter() - start:.0f} s")
     sys.exit(caught < len(rows))
 
 
