@@ -216,7 +216,8 @@ def table(page):
     for (task, choice), scores in groups.items():
         mean, low, high = (f"{x:.3f}" if abs(max(scores)) <= 1 and page == "grpo" else f"{x:.1f}"
                            for x in (iqm(scores), min(scores), max(scores)))
-        lines.append(f"| {task} | {choice} | {mean} | {low} to {high} |")
+        shown = task.replace("sums", "addition task")
+        lines.append(f"| {shown} | {choice} | {mean} | {low} to {high} |")
     return "\n".join(lines)
 
 
