@@ -21,25 +21,28 @@ The gradient of a pair pushes log π(y_w) up and log π(y_l) down, both with the
 
 Implementation choices:
 [C1] These flags select published variants. Δ is the difference in brackets in (7). In Δ', each
-     log π is divided by the number of tokens of its own answer, and log π_ref likewise:
-       flags                  loss of a pair                       usual values   name, arXiv
-       (none)                 −log σ(βΔ)                           β 0.1          DPO, 2305.18290
-       --label-smoothing ε    −(1−ε) log σ(βΔ) − ε log σ(−βΔ)      β 0.1, ε 0.1   cDPO
-       --loss-type ipo        (Δ − 1/(2β))²                        β 0.1          IPO, 2310.12036
-       --length-normalize     −log σ(βΔ')                          β 5            2411.15124
-       ... --reference-free   −log σ(βΔ' − γ), where π_ref = 1     β 2, γ 1       SimPO, 2405.14734
-       --nll-coef α           −log σ(βΔ) − α log π(y_w) / |y_w|    β 0.1, α 1     RPO, 2404.19733
-     SimPO takes both flags and --gamma-margin γ.
+     log π and log π_ref is divided by the number of tokens of its answer:
+       name       loss of a pair                      usual values  arXiv
+       DPO        −log σ(βΔ)                          β 0.1         2305.18290
+       cDPO       −(1−ε) log σ(βΔ) − ε log σ(−βΔ)     β 0.1, ε 0.1  (Mitchell, 2023)
+       IPO        (Δ − 1/(2β))²                       β 0.1         2310.12036
+       DPO-norm   −log σ(βΔ')                         β 5           2411.15124
+       SimPO      −log σ(βΔ' − γ), without π_ref      β 2, γ 1      2405.14734
+       RPO        −log σ(βΔ) − α log π(y_w) / |y_w|   β 0.1, α 1    2404.19733
+     cDPO is --label-smoothing ε, IPO --loss-type ipo, DPO-norm --length-normalize, SimPO the same
+     with --reference-free --gamma-margin γ, RPO --nll-coef α.
 [C2] log π_ref is computed once, before training: two numbers per pair, one model in memory.
 [C3] The learning rate rises in the first batches and then falls linearly to 0.
-[C4] Prompt and answer are tokenized separately, so no token spans both.
+[C4] Prompt and answer are tokenized separately, so no token spans both. Tokenizers that add a space
+     at the beginning of a text, such as that of Llama 2, add one to each answer.
 [C5] Means are over the whole batch, so the gradient does not depend on --micro-batch-size or on
      the number of processes.
-[C6] The stop token is part of the answer and is trained on. The prompt is not.
+[C6] The stop token is part of the answer and is trained on. The prompt is not. In conversations all
+     that follows the first difference is the answer, also what the user says later.
 
 Shapes: P pairs, each with two rows, chosen and rejected, which go through the model together; M
 pairs of a micro-batch, R = 2 M rows of L inputs and targets, V vocabulary size, D hidden size, K
-trained tokens of a micro-batch, Y possible answers.
+trained tokens of a micro-batch, E size of an attention head, B sums, Y possible answers.
 
     python dpo.py                                               a tiny GPT learns to add
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl
@@ -49,8 +52,8 @@ used as they are, or lists of chat messages, which go through the chat template.
 `rejected` are whole conversations, or there is no `prompt`, it is what they have in common at the
 beginning.
 
-Memory: 16 bytes per parameter for weights, gradients and AdamW; with --lora-rank 4. Several
-processes share the weights and AdamW, but each has all gradients. Activations come on top.
+Memory: 16 bytes per parameter for weights, gradients and AdamW, or 4 with LoRA. Several processes
+shard these, but each has all gradients if there are several micro-batches. Activations come on top.
 
 Results, five seeds: greedy accuracy on held-out sums, before -> after, on two cores:
     default: 0.32 -> 0.99 (lowest 0.98), 66 s
@@ -59,6 +62,7 @@ Results, five seeds: greedy accuracy on held-out sums, before -> after, on two c
 
 import functools
 import gzip
+import hashlib
 import itertools
 import json
 import math
@@ -192,7 +196,7 @@ def token_logprobs(model, inputs, targets, mask, chunk_size=1024):
 
 
 def pad_batch(rows, device):
-    """Make tensors (R, L) of rows, a list of (prompt, completion), each a list of token ids.
+    """Make tensors (R, L) of rows, a list of (prompt, completion), each a sequence of token ids.
 
     Returns inputs, targets (the tokens that follow them) and mask, which is True where the target
     belongs to the completion.
@@ -329,17 +333,19 @@ def train(args):
             log.before = None if args.model else evaluate_sums(model, tokenizer, None, args)
             log.ref_logprob = (torch.zeros(len(heldout + pairs), 2) if args.reference_free
                                else score_pairs(model, heldout + pairs, args))    # [C2]
-        if len(log.ref_logprob) != len(heldout) + len(pairs):
-            raise SystemExit(f"--resume {args.resume}: --data has other pairs now")
+        if log.data_hash not in (None, hash_pairs(heldout + pairs)):
+            raise SystemExit(f"--resume {args.resume}: the pairs have other tokens now")
+        log.data_hash = hash_pairs(heldout + pairs)
         heldout_ref, ref_logprob = log.ref_logprob.split([len(heldout), len(pairs)])
         log.bar.total = num_steps
-        while not log.stopped() and log.step < num_steps:  # log.write counts the steps
+        while not log.stopped() and log.step < num_steps:
             optimizer.param_groups[0]["lr"] = learning_rate_at(log.step, num_steps, args)
             indices = batch_indices(log.step, len(pairs), args)
             indices = local_rows(by_length(pairs, indices))
             metrics = update(model, optimizer, [pairs[i] for i in indices], ref_logprob[indices],
                              args)
-            if log.step % eval_every == 0 or log.step + 1 == num_steps:
+            log.step += 1
+            if log.step == 1 or log.step % eval_every == 0 or log.step == num_steps:
                 log.heldout = evaluate(model, heldout, heldout_ref, args)
                 log.score = log.heldout["heldout_accuracy"]
             log.write(**metrics, **log.heldout)
@@ -410,7 +416,7 @@ class Attention(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotate the halves of x (R, heads, L, E) by the angles of cos and sin (R or 1, 1, L, E/2)."""
+    """Rotate the halves of x (R, heads, L, E) by angles: cos and sin, (R or 1, 1, L, E/2)."""
     left, right = x.chunk(2, -1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
@@ -785,6 +791,15 @@ def plan(pairs, heldout, tokenizer, args):
     return num_steps, eval_every
 
 
+def hash_pairs(pairs):
+    """Return a hash of all token ids."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for ids in pair:
+            digest.update(ids.tobytes() + b"|")
+    return digest.hexdigest()
+
+
 def print_example(pair, tokenizer):
     """Print a pair as the model sees it."""
     if get_rank() == 0:
@@ -842,7 +857,8 @@ def split_row(row):
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(answer, str):
             check_messages(name, answer)
-        elif not answer.strip():
+        text = answer if isinstance(answer, str) else answer[-1]["content"]
+        if not text.strip():
             raise ValueError(f"`{name}` is empty")
     is_conversation = isinstance(chosen, list) and chosen[0]["role"] != "assistant"
     if prompt is None or is_conversation:
@@ -873,7 +889,7 @@ def common_beginning(chosen, rejected):
     if isinstance(common, list):
         return common
     turns = re.match(r".*\n\nAssistant:", common, re.DOTALL)
-    return turns[0] if turns else re.sub(r"\s*\S*$", "", common)
+    return turns[0] if turns else re.sub(r"\s*\S*\Z", "", common)
 
 
 def read_rows(path, check, skip_bad_rows):
@@ -1069,7 +1085,8 @@ def evaluate_sums(model, tokenizer, ref_logprob, args):
         rows = [(prompt, tokenizer.encode(text) + tokenizer.stop_ids) for text in texts]
         logprobs.append(token_logprobs(model, *pad_batch(rows, args.device)).sum(1).cpu())
         rewards.append(torch.tensor([digit_reward(text, example) for text in texts]))
-    logprob, reward = torch.stack(logprobs).log_softmax(-1), torch.stack(rewards)  # (B, 1000)
+    logprob = torch.stack(logprobs).log_softmax(-1)  # (B, 1000), given that it has three digits
+    reward = torch.stack(rewards)
     ref_logprob = logprob if ref_logprob is None else ref_logprob
     best = best_policy(ref_logprob, reward, args.beta)
     for name, column in (("reward", reward), ("kl_to_ref", logprob - ref_logprob),
@@ -1142,6 +1159,8 @@ def setup(args):
         json.loads(args.chat_template_kwargs).items()
     except (ValueError, AttributeError) as error:
         raise SystemExit("--chat-template-kwargs: expected a JSON object") from error
+    if args.eval_pairs < 1 or args.max_steps == 0:
+        raise SystemExit("--eval-pairs and --max-steps must be at least 1")
     if args.loss_type == "ipo" and (args.label_smoothing or args.gamma_margin):
         raise SystemExit("--loss-type ipo: has no --label-smoothing and no --gamma-margin")
     torch.manual_seed(args.seed)  # the same weights in all processes
@@ -1177,7 +1196,7 @@ def load_checkpoint(folder):
     return torch.load(Path(folder) / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
 
 
-PROGRESS = ("step", "seconds", "score", "before", "heldout", "ref_logprob")
+PROGRESS = ("step", "seconds", "score", "before", "heldout", "ref_logprob", "data_hash")
 
 
 class Logger:
@@ -1185,13 +1204,13 @@ class Logger:
 
     With --resume it loads the model, the optimizer and the progress. pretrained: the weights before
     DPO, for the checkpoint. before: evaluate_sums before training. heldout: the last metrics of
-    held-out pairs. ref_logprob: of all answers.
+    held-out pairs. ref_logprob: of all answers. data_hash: of their tokens.
     """
 
     def __init__(self, args, model, optimizer, pretrained):
         self.args, self.model, self.optimizer, self.pretrained = args, model, optimizer, pretrained
         self.step, self.seconds, self.score = 0, 0.0, math.nan
-        self.before, self.heldout, self.ref_logprob = None, {}, None
+        self.before, self.heldout, self.ref_logprob, self.data_hash = None, {}, None, None
         self.wandb, self.interrupted = None, False
         task = Path(args.data).stem or "addition"
         name = [f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
@@ -1235,8 +1254,7 @@ class Logger:
         return all_gather(torch.tensor([condition])).any().item()
 
     def write(self, **metrics):
-        """Count and log one batch; save a checkpoint from time to time."""
-        self.step += 1
+        """Log one batch; save a checkpoint from time to time."""
         self.seconds = time.perf_counter() - self.start
         self.bar.set_postfix(score=f"{self.score:.3f}", refresh=False)
         self.bar.update()

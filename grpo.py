@@ -5,7 +5,7 @@
 #     "safetensors[numpy]==0.8.0", "huggingface-hub==2.4.0", "jinja2==3.1.6",
 # ]
 # ///
-"""GRPO: group relative policy optimization for language models (Shao et al., 2024).
+r"""GRPO: group relative policy optimization for language models (Shao et al., 2024).
 
 The policy π writes G completions o of each prompt q, and a function gives each a reward r. A
 completion's advantage Â is its reward relative to those of its group, so no value network is
@@ -28,12 +28,14 @@ Implementation choices:
        gspo     group          grpo     sequence  0.0003  0.0004  0     2507.18071
        cispo    group          cispo    token     0.2     4       0     2506.13585
        rloo     leave-one-out  dr_grpo  token     0.2     0.2     0     2402.14740
-     What the papers add beside the loss, such as DAPO's dynamic sampling, is left out.
-[C2] With one update per batch, π_old = π and ρ = 1. The loss is then near 0, as the advantages of a
-     group add up to 0, and says nothing about progress. Its gradient is not 0: it is that of
-     REINFORCE with a baseline. The trainer computes π_old, not the sampler, so ρ is exactly 1.
+     The default does not divide by std. Other parts of these papers are left out.
+[C2] With one update per batch, the default, π_old = π and ρ = 1. Then ratio and clip do nothing,
+     and the gradient is that of REINFORCE with a baseline, −Â ∇log π of each token. The value of
+     the loss says nothing about progress: it is near 0 if the completions of a group are equally
+     long, as their advantages add up to 0. The trainer, not the sampler, computes π_old.
 [C3] The KL term is ρ k3, not k3: the gradient of k3 alone is, on average, that of KL(π_ref‖π).
-[C4] Groups with equal rewards have Â = 0. They count neither in the loss nor in its denominator.
+[C4] Groups with equal rewards have Â = 0. They are left out of the loss, of its KL term and of its
+     denominators.
 [C5] Means are over the whole batch, so the gradient does not depend on --micro-batch-size or on
      the number of processes.
 [C6] The stop token is part of the completion and is trained on. The prompt is not.
@@ -42,7 +44,7 @@ Implementation choices:
 
 Shapes: B prompts (of this process), G completions of each, R = B G rows of L inputs and targets, C
 tokens of the longest possible completion, V vocabulary size, D hidden size, K trained tokens of a
-micro-batch.
+micro-batch, E size of an attention head, S cached tokens.
 
     python grpo.py                                              a tiny GPT learns to add
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data questions.jsonl
@@ -50,12 +52,12 @@ micro-batch.
 A row of --data is a JSON object, and reaches the reward as a dict. `prompt` is a text, which the
 model continues, or a list of chat messages. The default reward also needs `answer`:
 
-    {"prompt": [{"role": "user", "content": "What is 7 * 8? Put the answer in \\\\boxed{}."}],
+    {"prompt": [{"role": "user", "content": "What is 7 * 8? Put the answer in \\boxed{}."}],
      "answer": "56"}
 
-Memory: 16 bytes per parameter for weights, gradients and AdamW; with --lora-rank 4. With --bf16, 2
-more for the model that generates. Several processes share the weights and AdamW, but each has all
-gradients and its own model that generates. Activations and the cache come on top.
+Memory: 16 bytes per parameter for weights, gradients and AdamW, or 4 with LoRA; 2 more with --bf16
+for the model that generates; 4 more with β > 0 and without LoRA. Several processes shard these, but
+each has all gradients and its own model that generates. Activations and the cache come on top.
 
 Results, five seeds: greedy accuracy on held-out sums, before -> after, on two cores:
     default: 0.34 -> 1.00 (lowest 1.00), 69 s
@@ -121,8 +123,8 @@ class Args:
     num_iterations: int = 1  # updates per batch
     mask_truncated_completions: bool = False  # do not learn from completions without stop token
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before GRPO
-    eval_every: int = 20  # batches between evaluations; 0: at most about 10 % of the time
-    eval_prompts: int = 256  # held-out prompts, at most a tenth of the data; 0: the same
+    eval_every: int = 20  # batches between evaluations; 0: they take at most 10 % of the time
+    eval_prompts: int = 256  # held-out prompts, at most a tenth of the data; 0: as for --eval-every
     micro_batch_size: int = 1024  # rows per forward and backward pass; changes only memory [C5]
     sampling_batch_size: int = 1024  # rows to generate at a time; changes only memory
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
@@ -207,15 +209,15 @@ def token_weight(mask, loss_type, num_rows, num_tokens, max_completion_length):
 def default_reward(completion, example):
     """Return 1.0 if the final answer of a completion, a text, is example["answer"], else 0.0.
 
-    The final answer is the content of the last \\boxed{}, else what follows the last ####, else the
-    whole text. If example["answer"] is a number, the last number in it counts, by its value.
+    The final answer is the content of the last \\boxed{}, else the line after the last ####; it
+    must be the answer, or contain one number with its value. Else the last number counts.
     """
-    gold, answer = final_answer(str(example["answer"])), final_answer(completion)
-    value = parse_number(gold)
-    if value is None:
-        return float(answer == gold)
+    gold, _ = final_answer(str(example["answer"]))
+    answer, is_marked = final_answer(completion)
     numbers = NUMBER.findall(answer)
-    return float(bool(numbers) and parse_number(numbers[-1]) == value)
+    if parse_number(gold) is None or not numbers or (is_marked and len(numbers) > 1):
+        return float(answer == gold)
+    return float(parse_number(numbers[-1]) == parse_number(gold))
 
 
 def exact_match(completion, example):
@@ -248,7 +250,7 @@ def token_logprobs(model, inputs, targets, mask, temperature=1.0, chunk_size=102
 
 
 def pad_batch(rows, device):
-    """Make tensors (R, L) of rows, a list of (prompt, completion), each a list of token ids.
+    """Make tensors (R, L) of rows, a list of (prompt, completion), each a sequence of token ids.
 
     Returns inputs, targets (the tokens that follow them) and mask, which is True where the target
     belongs to the completion.
@@ -382,8 +384,9 @@ def generate_batch(sampler, tokenizer, examples, reward, generator, args):
 def make_micro_batches(mask, lengths, size):
     """Cut the rows to learn from into micro-batches: pairs of slices, of rows and of columns.
 
-    The first row of a micro-batch is its longest one to learn from. Each process must run the same
-    number of them, as FSDP forward passes involve all processes: some add rows with an empty mask.
+    Rows to learn from come first, the longest of them first; the first row of a micro-batch decides
+    its columns. Each process must run the same number of micro-batches, as FSDP forward passes
+    involve all processes. So some reach into rows that are not trained, whose mask is empty.
     """
     max_rows = int(all_reduce(mask.any(1).sum(), dist.ReduceOp.MAX))
     # A row of n tokens has n - 1 inputs and targets.
@@ -396,6 +399,7 @@ def update(model, reference, optimizer, batch, args):
     num_rows, num_tokens = all_reduce(torch.stack([batch.mask.any(1).sum(), batch.mask.sum()]))
     weight = token_weight(batch.mask, args.loss_type, num_rows, num_tokens,
                           args.max_completion_length)                             # (R, L)
+    # π_old and π_ref are computed in the first iteration, in which π is still π_old.
     logprobs, old_logprobs, ref_logprobs = torch.zeros(3, *weight.shape, device=weight.device)
     loss_sum = torch.zeros((), device=weight.device)
     grad_norm = torch.tensor(math.nan)
@@ -454,7 +458,7 @@ def train(args, reward=None):
         if log.before is None:  # else --resume has restored it
             log.before = evaluate_for_summary(sampler, tokenizer, heldout, reward, args)
         print_summary("before", log.before, heldout)
-        while not log.stopped() and log.step < args.max_steps:  # log.write counts the steps
+        while not log.stopped() and log.step < args.max_steps:
             start = time.perf_counter()
             warmup = min((log.step + 1) / max(args.warmup_ratio * args.max_steps, 1), 1)
             optimizer.param_groups[0]["lr"] = args.learning_rate * warmup
@@ -468,8 +472,10 @@ def train(args, reward=None):
             update_sampler(sampler, model)
             num_tokens = metrics["length"] * args.batch_size * args.num_generations
             metrics["sample_tokens_per_second"] = num_tokens / (sampled_at - start)
+            num_tokens = metrics["trained_tokens"] * args.num_iterations
             metrics["update_tokens_per_second"] = num_tokens / (time.perf_counter() - sampled_at)
-            if (log.step + 1) % args.eval_every == 0 or log.step + 1 == args.max_steps:
+            log.step += 1
+            if log.step % args.eval_every == 0 or log.step == args.max_steps:
                 log.score, transcripts = evaluate(sampler, tokenizer, heldout, 0.0, reward, args)
                 log.write_transcripts(transcripts)
             log.write(**metrics)
@@ -502,7 +508,8 @@ def update_metrics(batch, logprobs, old_logprobs, num_tokens, args):
     values = {"approx_kl": log_ratio.exp() - 1 - log_ratio, "clip_fraction": outside * batch.mask,
               "sampler_gap_mean": gap}
     metrics = {name: all_reduce(value.sum()) / num_tokens for name, value in values.items()}
-    return metrics | {"sampler_gap_max": all_reduce(gap.max(), dist.ReduceOp.MAX)}
+    return metrics | {"sampler_gap_max": all_reduce(gap.max(), dist.ReduceOp.MAX),
+                      "trained_tokens": num_tokens}
 
 
 # --- The decoder ---
@@ -605,7 +612,7 @@ class Attention(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotate the halves of x (R, heads, L, E) by the angles of cos and sin (R or 1, 1, L, E/2)."""
+    """Rotate the halves of x (R, heads, L, E) by angles: cos and sin, (R or 1, 1, L, E/2)."""
     left, right = x.chunk(2, -1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
@@ -808,7 +815,8 @@ def make_model(config, weights, device, args, is_reference=False):
 def make_sampler(model, args):
     """Return the model that generates: the model itself or, where needed, a copy of it.
 
-    Generating with a sharded model is slow, and with float32 weights slower than with bfloat16.
+    Generating with a sharded model is slow, and with float32 weights slower than with bfloat16. A
+    compiled model would be compiled again as the cache grows.
     """
     if not (args.bf16 or args.compile or dist.is_initialized()):
         return model
@@ -982,15 +990,13 @@ def encode_prompt(prompt, tokenizer):
     if isinstance(prompt, str):
         return tokenizer.encode(prompt, add_special_tokens=True)
     check_messages("prompt", prompt)
-    is_continued = prompt[-1]["role"] == "assistant"
-    text = tokenizer.render(prompt, add_generation_prompt=not is_continued)
-    if is_continued:
-        content = prompt[-1]["content"].strip()
-        before, _, after = text.rpartition(content)
-        if not before or not content:
-            raise ValueError("the last message cannot be continued: the chat template changes it")
-        text = text.removesuffix(after)
-    return tokenizer.encode(text)
+    if prompt[-1]["role"] != "assistant":
+        return tokenizer.encode(tokenizer.render(prompt, add_generation_prompt=True))
+    mark = "<last message>"  # find its place in the text, then cut there
+    text = tokenizer.render([*prompt[:-1], prompt[-1] | {"content": mark}], False)
+    if mark not in text:
+        raise ValueError("the last message cannot be continued: the chat template changes it")
+    return tokenizer.encode(text.partition(mark)[0] + prompt[-1]["content"].strip())
 
 
 def load_examples(args, tokenizer, context_length, reward):
@@ -1038,7 +1044,7 @@ def check_answer(answer, tokenizer, max_completion_length):
     """Raise ValueError unless a completion can contain the answer that default_reward looks for."""
     if not isinstance(answer, (str, int, float)):
         raise ValueError("`answer` must be a text or a number; another reward may do without it")
-    length = len(tokenizer.encode(final_answer(str(answer))))
+    length = len(tokenizer.encode(final_answer(str(answer))[0]))
     if not 0 < length <= max_completion_length:
         raise ValueError(f"`answer` has {length} tokens; 1 to {max_completion_length} are possible")
 
@@ -1112,21 +1118,27 @@ def parse_json(line):
 # --- The answer in a text ---
 
 
-BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 NUMBER = re.compile(r"(?:(?<![\w)])-)?"  # a minus, but not that of 10-5
                     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:[.][0-9]+)?"  # 1,000.50
                     r"|[0-9]*[.][0-9]+|[0-9]+)(?:/[0-9]+)?")  # .5, 18, 5/2
 
 
 def final_answer(text):
-    """Return the content of the last \\boxed{}, else what follows the last ####, else the text."""
+    """Return the marked answer in a text, see default_reward, and True; or the text and False."""
     text = re.sub(r"\\?[$%]", "", text).replace("\u2212", "-")  # $ and % do not count; minus sign
-    boxed = BOXED.match(text, max(text.rfind("\\boxed{"), 0))
-    if boxed:
-        return boxed[1].strip()
-    if "####" in text:  # the rest of the line
-        text = text.rpartition("####")[2].strip().partition("\n")[0]
-    return text.strip()
+    text = re.sub(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
+    boxed, open_braces = None, []  # where the content of each open brace begins
+    for match in re.finditer(r"\\boxed\{|[{}]", text):
+        if match[0] != "}":
+            open_braces.append((match[0], match.end()))
+        elif open_braces:
+            brace, start = open_braces.pop()
+            boxed = text[start:match.start()] if brace != "{" else boxed
+    if boxed is not None:
+        return boxed.strip(), True
+    if "####" in text:
+        return text.rpartition("####")[2].strip().partition("\n")[0].strip(), True
+    return text.strip(), False
 
 
 def parse_number(text):
@@ -1377,7 +1389,11 @@ class Logger:
         lines = path.read_text().splitlines(keepends=True)[:self.step + 1] if self.step else []
         self.csv = path.open("w", buffering=1)
         self.csv.writelines(lines)  # not those that are newer than the checkpoint
-        self.transcripts = (self.dir / "transcripts.jsonl").open("a", buffering=1)
+        path = self.dir / "transcripts.jsonl"
+        lines = path.read_text("utf-8").splitlines(keepends=True) if self.step else []
+        self.transcripts = path.open("w", buffering=1, encoding="utf-8")
+        self.transcripts.writelines(
+            line for line in lines if json.loads(line)["step"] <= self.step)
         if args.track:
             import wandb
 
@@ -1401,8 +1417,7 @@ class Logger:
         return all_reduce(condition, dist.ReduceOp.MAX).item() > 0
 
     def write(self, **metrics):
-        """Count and log one batch; save a checkpoint from time to time."""
-        self.step += 1
+        """Log one batch; save a checkpoint from time to time."""
         self.seconds = time.perf_counter() - self.start
         self.bar.set_postfix(score=f"{self.score:.3f}", refresh=False)
         self.bar.update()
@@ -1422,7 +1437,7 @@ class Logger:
         """Add some completions of an evaluation to transcripts.jsonl."""
         if get_rank() == 0:
             for transcript in transcripts:
-                row = {"step": self.step + 1} | transcript
+                row = {"step": self.step} | transcript
                 print(json.dumps(row, ensure_ascii=False), file=self.transcripts)
 
     def save(self):

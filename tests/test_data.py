@@ -93,6 +93,13 @@ def test_message_of_the_assistant_is_continued(template, tmp_path):
     assert text.rstrip() == theirs.decode(expected).rstrip()
 
 
+@pytest.mark.parametrize("start", ["end", "<", "|", "assistant", "\n"])
+def test_any_beginning_of_a_message_is_continued(start, chatml):
+    """Also one that occurs in what ends a turn."""
+    text = chatml.decode(grpo.encode_prompt(question("Count.", "ok " + start), chatml), False)
+    assert text == CHAT.format("Count.") + ("ok " + start).strip()
+
+
 def test_message_that_the_template_changes_cannot_be_continued(tmp_path):
     folder = make_folder(tmp_path, "chatml")
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }} {% endfor %}")
@@ -203,6 +210,8 @@ def test_every_layout_has_a_file():
      (CHAT.format("Hi"), "a", "b")),
     ({"prompt": question("Hi"), "chosen": "a", "rejected": "b"}, (CHAT.format("Hi"), "a", "b")),
     # The common beginning of two answers is not part of the prompt.
+    ({"chosen": "Say hi\nTom", "rejected": "Say hi\nTim"}, ("Say hi", "\nTom", "\nTim")),
+    ({"chosen": "Say hi\n!", "rejected": "Say hi\n?"}, ("Say hi", "\n!", "\n?")),
     ({"chosen": "Q: name? A: Anna", "rejected": "Q: name? A: Anne"},
      ("Q: name? A:", " Anna", " Anne")),
     ({"chosen": "\n\nHuman: Hi\n\nAssistant: I am",
@@ -386,7 +395,13 @@ REWARDS = [
     ("####\n18\nThat took 100 steps.", "18", 1),
     (r"\boxed{\frac{1}{2}}", r"so \boxed{\frac{1}{2}}", 1), (r"\boxed{x+1}", "x+1", 1),
     (r"\boxed{18 \text{ apples}}", "18", 1), (r"\boxed{unclosed 18", "18", 1),
+    (r"5 + \boxed{13 + 5 = 18}", "18", 0),
     ("Tom has 20-2=<<20-2=18>>18.\n#### 18", "20 - 2 = 18\n#### 18", 1),
+    (r"\boxed{\frac{\sqrt{2}}{3}} is it", r"\frac{\sqrt{2}}{3}", 1),
+    (r"\boxed{\frac{1}{2}}", ".5", 1),
+    (r"\boxed{\frac{1}{2}}", "2", 0), (r"\boxed{10^2}", "2", 0), (r"\boxed{1,2,3}", "3", 0),
+    (r"\boxed{18} then \boxed{unclosed", "18", 1), (r"{\boxed{5}}", "5", 1), ("}5", "5", 1),
+    (r"\boxed{}", "5", 0), ("####", "5", 0),
     # texts
     ("Paris", "Paris", 1), (" Paris\n", "Paris", 1), ("Paris!", "Paris", 0), ("paris", "Paris", 0),
     ("#### Paris", "Paris", 1), ("1,2,3", "1,2,3", 1),

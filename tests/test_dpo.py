@@ -680,6 +680,7 @@ BAD_ROWS = [
     (GOOD | {"chosen": "3"}, ["equal"]),
     (GOOD | {"chosen": " "}, ["empty"]),
     (GOOD | {"rejected": ""}, ["empty"]),
+    (GOOD | {"prompt": [{"role": "user", "content": "1"}], "rejected": " "}, ["empty"]),
     (GOOD | {"prompt": ""}, ["prompt is empty"]),
     (GOOD | {"prompt": "é"}, []),
     (GOOD | {"prompt": 7}, ["texts"]),
@@ -798,6 +799,8 @@ def test_help_shows_the_defaults_of_the_model(capsys):
         (["--data", "/nowhere.jsonl"], ["--model", "--data"]),
         (["--model", "/x", "--data", "/nowhere.jsonl"], ["--data /nowhere.jsonl"]),
         (["--model", "/nowhere/at/all", "--data", __file__], ["--model /nowhere/at/all"]),
+        (["--eval-pairs", 0], ["--eval-pairs", "at least 1"]),
+        (["--max-steps", 0], ["--max-steps", "at least 1"]),
         (["--loss-type", "ipo", "--gamma-margin", 1], ["--loss-type ipo", "--gamma-margin"]),
         (["--loss-type", "ipo", "--label-smoothing", 0.1], ["--label-smoothing"]),
         (["--resume", "/nowhere"], ["/nowhere", "not a run"]),
@@ -940,7 +943,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(
         assert torch.equal(weight, resumed.state_dict()[name]), name
     assert set(scored) == {16 if kind == "tiny" else 6}, "only held-out pairs"
     scores = [row["score"] for row in read_metrics(one)]
-    assert len({*scores[:4]}) == len({*scores[4:8]}) == len({scores[8]}) == 1
+    assert len({*scores[:3]}) == len({*scores[3:7]}) == len({*scores[7:9]}) == 1
 
 
 def test_batches_evaluations_and_step_sizes(llama, tmp_path, capsys, monkeypatch):
@@ -967,7 +970,7 @@ def test_batches_evaluations_and_step_sizes(llama, tmp_path, capsys, monkeypatch
     assert rates == pytest.approx([0.005, 0.01, 0.01, 0.02 / 3, 0.01 / 3]) and set(decays) == {0.0}
     assert len({*batches}) == 5 and all(len(batch) == 8 for batch in batches)
     steps, heldout = zip(*evaluated)
-    assert steps == (1, 4, 5) and len({*heldout}) == 1 and len(heldout[0]) == 6
+    assert steps == (1, 3, 5) and len({*heldout}) == 1 and len(heldout[0]) == 6
     assert not heldout[0] & frozenset().union(*batches)
 
 
@@ -990,6 +993,20 @@ def test_a_policy_that_stands_still_is_its_own_reference(free, llama, tmp_path, 
     metrics = dpo.evaluate(model, heldout, saved[:len(heldout)], args)
     assert score == metrics["heldout_accuracy"]
     assert (abs(metrics["heldout_margin"]) < 1e-4) != free
+
+
+def test_a_resumed_run_with_other_tokens_is_refused(llama, tmp_path, capsys, monkeypatch):
+    """Log π_ref in the checkpoint belongs to the old ones."""
+    with monkeypatch.context() as patch:
+        press_ctrl_c(patch, at=2)
+        assert call(capsys, *llama, "--run-dir", tmp_path)[0] == 130
+    data = Path(llama[llama.index("--data") + 1])
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows[5]["chosen"] += " w4"
+    other = write_rows(tmp_path, *rows)
+    message, _, _ = call(capsys, "--resume", tmp_path, "--data", other)
+    assert "the pairs have other tokens now" in message
+    assert call(capsys, "--resume", tmp_path)[0] == 0
 
 
 def test_checkpoints_change_nothing(llama, tmp_path, capsys, monkeypatch):
