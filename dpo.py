@@ -324,6 +324,7 @@ def train(args):
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, args.learning_rate, weight_decay=0.0, fused=True)
     pretrained = None if args.model else weights  # to resume; a --model can be read again
+    del weights
     with Logger(args, model, optimizer, pretrained) as log:  # --resume: loads model and optimizer
         pairs, heldout = load_pairs(args, tokenizer, model, log.dir)
         num_steps, eval_every = plan(pairs, heldout, tokenizer, args)
@@ -333,9 +334,10 @@ def train(args):
             log.before = None if args.model else evaluate_sums(model, tokenizer, None, args)
             log.ref_logprob = (torch.zeros(len(heldout + pairs), 2) if args.reference_free
                                else score_pairs(model, heldout + pairs, args))    # [C2]
-        if log.data_hash not in (None, hash_pairs(heldout + pairs)):
+        data_hash = hash_pairs(heldout + pairs)
+        if log.data_hash not in (None, data_hash):
             raise SystemExit(f"--resume {args.resume}: the pairs have other tokens now")
-        log.data_hash = hash_pairs(heldout + pairs)
+        log.data_hash = data_hash
         heldout_ref, ref_logprob = log.ref_logprob.split([len(heldout), len(pairs)])
         log.bar.total = num_steps
         while not log.stopped() and log.step < num_steps:

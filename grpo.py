@@ -453,6 +453,7 @@ def train(args, reward=None):
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, args.learning_rate, weight_decay=0.0, fused=True)
     pretrained = None if args.model else weights  # to resume; a --model can be read again
+    del weights
     with Logger(args, model, optimizer, pretrained) as log:  # --resume: loads model and optimizer
         update_sampler(sampler, model)
         if log.before is None:  # else --resume has restored it
