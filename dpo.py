@@ -115,7 +115,7 @@ class Args:
     length_normalize: bool = False  # divide log-probabilities by the number of tokens [C1]
     reference_free: bool = False  # leave out the reference policy [C1]
     gamma_margin: float = 0.0  # target margin between the rewards of chosen and rejected [C1]
-    nll_coef: float = 0.0  # coefficient of −log π of chosen, per token [C1]
+    nll_coef: float = 0.0  # coefficient of the negative log-likelihood of chosen, per token [C1]
     train_pairs: int = 25_000  # pairs to make for the tiny GPT
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before DPO
     eval_every: int = 20  # batches between evaluations; 0: about 5 % of the time

@@ -50,7 +50,10 @@ mean return of the last 100 training episodes (lowest), and seconds on two cores
     Acrobot-v1, 200,704 steps: -83 (-87), 11 s
     MountainCar-v0, 1,001,472 steps: -107 (-110), 30 s
     LunarLander-v3, 1,001,472 steps: 269 (250), 51 s
-    Pendulum-v1, 301,056 steps: -153 (-169), 61 s
+    Pendulum-v1, 301,056 steps: -150 (-183), 108 s
+    HalfCheetah-v5, 1,001,472 steps: 5,848 (4,032), 358 s
+    Hopper-v5, 1,001,472 steps: 2,377 (1,420), 322 s
+    Walker2d-v5, 1,001,472 steps: 3,720 (1,755), 331 s
 """
 
 import copy
@@ -638,7 +641,7 @@ def evaluate(args, folder):
         running = torch.ones(num_envs, dtype=torch.bool, device=args.device)
         episode_return = torch.zeros(num_envs, device=args.device)
         while running.any():
-            obs, reward, terminated, truncated, _life_lost = envs.step(agent(obs)[0].mode)
+            obs, reward, terminated, truncated, _ = envs.step(agent(obs)[0].mode)
             episode_return += reward * running
             running = running & ~(terminated | truncated)
         returns += episode_return.tolist()

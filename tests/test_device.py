@@ -129,8 +129,8 @@ def require(condition, message):
 
 SIMPLE = {"total_timesteps": 256, "num_envs": 4, "eval_episodes": 1}
 PPO = SIMPLE | {"num_steps": 32}
-GRPO = {"max_steps": 1, "pretrain_steps": 1, "batch_size": 4, "eval_prompts": 4}
-DPO = {"max_steps": 1, "pretrain_steps": 1, "batch_size": 4, "eval_pairs": 8, "train_pairs": 8}
+GRPO = {"max_steps": 2, "pretrain_steps": 1, "batch_size": 4, "eval_prompts": 4}
+DPO = {"max_steps": 2, "pretrain_steps": 1, "batch_size": 4, "eval_pairs": 8, "train_pairs": 8}
 CASES = [
     ("reinforce", SIMPLE),
     ("reinforce_baseline", SIMPLE),
@@ -203,9 +203,12 @@ def test_a_run_and_its_continuation(name, flags, gpu, monkeypatch, tmp_path):
         monkeypatch.setattr(script, "tiny_config", partial(smaller_config, script.tiny_config))
     args = script.Args(device="cuda", run_dir=str(tmp_path / "run"), **flags)
     rewards = [count_ones] if name == "grpo" else []
-    model, _ = script.train(args, *rewards)
+    with monkeypatch.context() as patch:
+        if name in ("grpo", "dpo"):  # interrupted after the first step
+            patch.setattr(script.Logger, "stopped", lambda log: log.step == 1)
+        model, _ = script.train(args, *rewards)
     assert all(gpu.is_cuda(param) for param in model.parameters())
     if name in ("grpo", "dpo"):
-        script.train(replace(args, resume=args.run_dir, max_steps=2), *rewards)
+        script.train(replace(args, resume=args.run_dir), *rewards)
     elif name == "ppo":
         script.train(replace(args, resume=args.run_dir, total_timesteps=512))
