@@ -265,15 +265,26 @@ def weights(model):
     return {name: x.detach().double().cpu() for name, x in model.state_dict().items()}
 
 
+def count_ones(completion, example):
+    """A reward that differs between the completions of a model that knows nothing."""
+    return float(completion.count("1"))
+
+
 def check_checkpoint(run, name, what, first, second):
     """Write a checkpoint on one device and continue on the other, for no step, then for some."""
     script = importlib.import_module(name)
-    with tempfile.TemporaryDirectory(dir=run.work) as folder:
+    rewards = [count_ones] if name == "grpo" else []
+    with tempfile.TemporaryDirectory(dir=run.work) as folder, ExitStack() as patches:
         args = script.Args(device=first, run_dir=f"{folder}/run", **BRIEF[name])
-        model, _ = script.train(args)
+        if name != "ppo":  # these run longer from the start, and are stopped as if by Ctrl-C
+            last_step, args = args.max_steps, replace(args, **LONGER[name])
+            patches.enter_context(mock.patch.object(
+                script.Logger, "stopped", lambda log: log.step >= last_step))
+        model, _ = script.train(args, *rewards)
         args = replace(args, device=second, resume=args.run_dir)
-        loaded, _ = script.train(args)
-        longer, _ = script.train(replace(args, **LONGER[name]))
+        loaded, _ = script.train(args, *rewards)
+        patches.close()
+        longer, _ = script.train(replace(args, **LONGER[name]), *rewards)
     run.check(f"{what}: change of the weights", difference(weights(loaded), weights(model)), 0)
     change = difference(weights(longer), weights(model))
     run.write(f"{what}: continues", value=change, holds=0 < change < float("inf"))
@@ -282,10 +293,11 @@ def check_checkpoint(run, name, what, first, second):
 def check_repetition(run, name, what):
     """Run a script twice with the same seed and compare the weights."""
     script, results = importlib.import_module(name), []
+    rewards = [count_ones] if name == "grpo" else []
     for _ in range(2):
         with tempfile.TemporaryDirectory(dir=run.work) as folder:
             args = script.Args(device=run.device, run_dir=f"{folder}/run", **BRIEF[name])
-            results.append(weights(script.train(args)[0]))
+            results.append(weights(script.train(args, *rewards)[0]))
     run.check(what, difference(*results), 1e-3)
 
 
