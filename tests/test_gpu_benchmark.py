@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -132,6 +133,7 @@ def test_speeds_on_a_virtual_gpu(gpu, run, virtual):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_all_parts_on_the_cpu(gpu, tmp_path):
     folder, out = tmp_path / "empty", tmp_path / "out"
     folder.mkdir()
