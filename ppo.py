@@ -333,13 +333,13 @@ def update(agent, optimizer, batch, args):
         permutation = torch.randperm(len(batch["obs"]), device=batch["obs"].device)
         for index in permutation.tensor_split(args.num_minibatches):
             rows = {name: column[index] for name, column in batch.items()}
-            optimizer.zero_grad()
             pi, value = agent(rows["obs"])
             logprob = pi.log_prob(rows["action"])                                 # (M,)
             loss_pi = ppo_loss(logprob, rows["logprob"], rows["advantage"], args.clip_coef)
             loss_v = (value - rows["target"]).square().mean()
             entropy = pi.entropy().mean()
             loss = loss_pi + args.vf_coef * loss_v - args.ent_coef * entropy      # (9), negated
+            optimizer.zero_grad()
             loss.backward()
 
             log_ratio = (logprob - rows["logprob"]).detach()
