@@ -152,25 +152,6 @@ def best_policy(ref_logprob, reward, beta):
     return (ref_logprob + reward / beta).log_softmax(-1)                          # (4)
 
 
-def preference_metrics(logprob, ref_logprob, length, beta):
-    """Compute means over the pairs, by name; logprob, ref_logprob and length (tokens) are (P, 2).
-
-    accuracy: how often the chosen answer has the higher reward. accuracy_longer: the same where it
-    is the longer one; NaN if there are no such pairs. chosen_fell: how often log π of the chosen
-    answer is below its log π_ref, which the loss allows; NaN without a reference, when all are 0.
-    """
-    reward = beta * (logprob - ref_logprob)
-    margin = reward[:, 0] - reward[:, 1]
-    correct = (margin > 0).float()
-    fell = (logprob < ref_logprob)[:, 0].float()
-    return {"accuracy": correct.mean(), "margin": margin.mean(),
-            "accuracy_longer": correct[length[:, 0] > length[:, 1]].mean(),
-            "accuracy_shorter": correct[length[:, 0] < length[:, 1]].mean(),
-            "reward_chosen": reward[:, 0].mean(), "reward_rejected": reward[:, 1].mean(),
-            "logprob_chosen": logprob[:, 0].mean(), "logprob_rejected": logprob[:, 1].mean(),
-            "chosen_fell": fell.mean() if ref_logprob.any() else torch.tensor(math.nan)}
-
-
 def target_logprobs(hidden, targets, weight):
     """Compute log π of targets (K,), float32, from hidden states (K, D) and weight (V, D)."""
     logits = F.linear(hidden, weight).float()                                 # (K, V)
@@ -286,7 +267,7 @@ def update(model, optimizer, pairs, ref_logprob, args):
     """
     length = answer_lengths(pairs, args.device)                                   # (P, 2)
     ref_logprob = ref_logprob.to(args.device)
-    logprobs, losses = torch.zeros_like(ref_logprob), torch.zeros_like(ref_logprob[:, 0])
+    logprobs = torch.zeros_like(ref_logprob)
     optimizer.zero_grad()
     for start in range(0, len(pairs), args.micro_batch_size):
         part = slice(start, start + args.micro_batch_size)
@@ -295,25 +276,13 @@ def update(model, optimizer, pairs, ref_logprob, args):
         if dist.is_initialized():  # add up the gradients of all processes after the last part
             model.set_requires_gradient_sync(part.stop >= len(pairs))
         (loss.sum() / args.batch_size).backward()                                 # [C5]
-        logprobs[part], losses[part] = logprob.detach(), loss.detach()
+        logprobs[part] = logprob.detach()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm,
                                          error_if_nonfinite=True)
     optimizer.step()
     logprobs, ref_logprob, length = map(all_gather, (logprobs, ref_logprob, length))
-    divisor = length if args.length_normalize else 1                              # [C1]
-    metrics = preference_metrics(logprobs / divisor, ref_logprob / divisor, length, args.beta)
-    return {"loss": all_gather(losses).mean(), "grad_norm": full_tensor(grad_norm)} | metrics
-
-
-def evaluate(model, pairs, ref_logprob, args):
-    """Compute the loss and three preference_metrics of held-out pairs; ref_logprob is (P, 2)."""
-    length = answer_lengths(pairs, "cpu")
-    logprob = score_pairs(model, pairs, args, "evaluation")
-    loss = pair_losses(logprob, ref_logprob, length, args).mean()
-    divisor = length if args.length_normalize else 1
-    metrics = preference_metrics(logprob / divisor, ref_logprob / divisor, length, args.beta)
-    return {"heldout_loss": loss.item()} | {
-        f"heldout_{name}": metrics[name].item() for name in ("accuracy", "margin", "chosen_fell")}
+    metrics = mean_metrics(logprobs, ref_logprob, length, args)
+    return metrics | {"grad_norm": full_tensor(grad_norm)}
 
 
 def train(args):
@@ -323,9 +292,8 @@ def train(args):
     model = make_model(config, weights, device, args)
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, args.learning_rate, weight_decay=0.0, fused=True)
-    pretrained = None if args.model else weights  # to resume; a --model can be read again
     del weights
-    with Logger(args, model, optimizer, pretrained) as log:  # --resume: loads model and optimizer
+    with Logger(args, model, optimizer) as log:  # --resume: loads model and optimizer
         pairs, heldout = load_pairs(args, tokenizer, model, log.dir)
         num_steps, eval_every = plan(pairs, heldout, tokenizer, args)
         if args.model:
@@ -334,7 +302,7 @@ def train(args):
             log.before = None if args.model else evaluate_sums(model, tokenizer, None, args)
             log.ref_logprob = (torch.zeros(len(heldout + pairs), 2) if args.reference_free
                                else score_pairs(model, heldout + pairs, args))    # [C2]
-        data_hash = hash_pairs(heldout + pairs)
+        data_hash = hashlib.sha256(repr(heldout + pairs).encode()).hexdigest()
         if log.data_hash not in (None, data_hash):
             raise SystemExit(f"--resume {args.resume}: the pairs have other tokens now")
         log.data_hash = data_hash
@@ -363,7 +331,45 @@ def train(args):
     return model, log.score
 
 
-# --- The algorithm ends here. Below: the decoder, models, flags, data, evaluation, logging. ---
+# --- The algorithm ends here. Below: metrics, the decoder, models, data, flags, logging. ---
+
+
+# --- Metrics ---
+
+
+def preference_metrics(logprob, ref_logprob, length, beta):
+    """Compute means over the pairs, by name; logprob, ref_logprob and length (tokens) are (P, 2).
+
+    accuracy: how often the chosen answer has the higher reward. accuracy_longer: the same where it
+    is the longer one; NaN if there are no such pairs. chosen_fell: how often log π of the chosen
+    answer is below its log π_ref, which the loss allows; NaN without a reference, when all are 0.
+    """
+    reward = beta * (logprob - ref_logprob)
+    margin = reward[:, 0] - reward[:, 1]
+    correct = (margin > 0).float()
+    fell = (logprob < ref_logprob)[:, 0].float()
+    return {"accuracy": correct.mean(), "margin": margin.mean(),
+            "accuracy_longer": correct[length[:, 0] > length[:, 1]].mean(),
+            "accuracy_shorter": correct[length[:, 0] < length[:, 1]].mean(),
+            "reward_chosen": reward[:, 0].mean(), "reward_rejected": reward[:, 1].mean(),
+            "logprob_chosen": logprob[:, 0].mean(), "logprob_rejected": logprob[:, 1].mean(),
+            "chosen_fell": fell.mean() if ref_logprob.any() else torch.tensor(math.nan)}
+
+
+def mean_metrics(logprob, ref_logprob, length, args):
+    """Compute the mean loss and preference_metrics of pairs; see pair_losses for the arguments."""
+    divisor = length if args.length_normalize else 1                              # [C1]
+    loss = pair_losses(logprob, ref_logprob, length, args).mean()
+    return {"loss": loss} | preference_metrics(logprob / divisor, ref_logprob / divisor, length,
+                                               args.beta)
+
+
+def evaluate(model, pairs, ref_logprob, args):
+    """Compute some metrics of held-out pairs; ref_logprob is (P, 2)."""
+    logprob = score_pairs(model, pairs, args, "evaluation")
+    metrics = mean_metrics(logprob, ref_logprob, answer_lengths(pairs, "cpu"), args)
+    return {f"heldout_{name}": metrics[name].item()
+            for name in ("loss", "accuracy", "margin", "chosen_fell")}
 
 
 # --- The decoder ---
@@ -793,15 +799,6 @@ def plan(pairs, heldout, tokenizer, args):
     return num_steps, eval_every
 
 
-def hash_pairs(pairs):
-    """Return a hash of all token ids."""
-    digest = hashlib.sha256()
-    for pair in pairs:
-        for ids in pair:
-            digest.update(ids.tobytes() + b"|")
-    return digest.hexdigest()
-
-
 def print_example(pair, tokenizer):
     """Print a pair as the model sees it."""
     if get_rank() == 0:
@@ -988,13 +985,13 @@ def tiny_config(vocab_size):
 def pretrain(args, device):
     """Train a tiny GPT on sums that are mostly wrong: supervised learning, with Adam.
 
-    Returns the same as load_model. A resumed run takes the weights from the checkpoint.
+    Returns the same as load_model.
     """
     tokenizer = Characters()
     config = read_config(tiny_config(len(tokenizer.symbols)), "tiny")
-    if args.resume:
-        return config, load_checkpoint(args.resume)["pretrained"], tokenizer
     model = Decoder(config).to(device)
+    if args.resume:  # the weights come from the checkpoint
+        return config, model.state_dict(), tokenizer
     for param in model.parameters():
         if param.dim() == 2:
             nn.init.normal_(param, std=0.1)
@@ -1204,13 +1201,13 @@ PROGRESS = ("step", "seconds", "score", "before", "heldout", "ref_logprob", "dat
 class Logger:
     """Writes the run's folder (args.json, metrics.csv, checkpoint.pt), progress bar and wandb.
 
-    With --resume it loads the model, the optimizer and the progress. pretrained: the weights before
-    DPO, for the checkpoint. before: evaluate_sums before training. heldout: the last metrics of
-    held-out pairs. ref_logprob: of all answers. data_hash: of their tokens.
+    With --resume it loads the model, the optimizer and the progress. before: evaluate_sums before
+    training. heldout: the last metrics of held-out pairs. ref_logprob: of all answers. data_hash:
+    of their tokens.
     """
 
-    def __init__(self, args, model, optimizer, pretrained):
-        self.args, self.model, self.optimizer, self.pretrained = args, model, optimizer, pretrained
+    def __init__(self, args, model, optimizer):
+        self.args, self.model, self.optimizer = args, model, optimizer
         self.step, self.seconds, self.score = 0, 0.0, math.nan
         self.before, self.heldout, self.ref_logprob, self.data_hash = None, {}, None, None
         self.wandb, self.interrupted = None, False
@@ -1273,15 +1270,14 @@ class Logger:
             self.save()
 
     def save(self):
-        """Write checkpoint.pt: what is trained, and the tiny GPT's weights before DPO.
+        """Write checkpoint.pt, without the weights of a --model that LoRA does not train.
 
         All processes must take part, as the weights may be sharded.
         """
-        options = dcp.StateDictOptions(
-            full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True,
+                                       ignore_frozen_params=bool(self.args.model))
         state = {"args": asdict(self.args), "optimizer": None,
                  "progress": {name: getattr(self, name) for name in PROGRESS},
-                 "pretrained": self.pretrained,
                  "model": dcp.get_model_state_dict(self.model, options=options)}
         if self.optimizer.state:  # if it is empty, dcp would take a step to create it
             state["optimizer"] = dcp.get_optimizer_state_dict(

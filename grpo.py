@@ -206,25 +206,6 @@ def token_weight(mask, loss_type, num_rows, num_tokens, max_completion_length):
     return mask / num_tokens                                                  # mean over all tokens
 
 
-def default_reward(completion, example):
-    """Return 1.0 if the final answer of a completion, a text, is example["answer"], else 0.0.
-
-    The final answer is the content of the last \\boxed{}, else the line after the last ####; it
-    must be the answer, or contain one number with its value. Else the last number counts.
-    """
-    gold, _ = final_answer(str(example["answer"]))
-    answer, is_marked = final_answer(completion)
-    numbers = NUMBER.findall(answer)
-    if parse_number(gold) is None or not numbers or (is_marked and len(numbers) > 1):
-        return float(answer == gold)
-    return float(parse_number(numbers[-1]) == parse_number(gold))
-
-
-def exact_match(completion, example):
-    """Return 1.0 if the completion is the answer, else 0.0: the reward of the tiny GPT."""
-    return float(completion == example["answer"])
-
-
 def target_logprobs(hidden, targets, weight, temperature):
     """Compute log π of targets (K,), float32, from hidden states (K, D) and weight (V, D)."""
     logits = F.linear(hidden, weight).float() / temperature                   # (K, V)
@@ -268,62 +249,6 @@ class Completion(NamedTuple):
     tokens: list  # token ids, the stop token included
     logprobs: list  # log π of each token
     finished: bool  # False if it was cut at C tokens
-
-
-@torch.no_grad()
-def sample(model, prompts, num_generations, max_completion_length, temperature, stop_ids,
-           generator):
-    """Sample G completions of each prompt, a list of token ids; temperature 0 is greedy.
-
-    Returns a list of B G Completions; those of a prompt are next to each other.
-    """
-    device = generator.device
-    stop_ids = torch.tensor(stop_ids, device=device)
-    prompt_length = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    prompt_tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
-    cache = Cache(model, prompt_length, prompt_tokens.shape[1] + max_completion_length)
-    hidden = model(prompt_tokens.to(device), cache)
-    # Each prompt is computed once. Its completions start from copies of its last hidden state.
-    prompt_of_row = torch.arange(len(prompts), device=device).repeat_interleave(num_generations)
-    hidden = hidden[prompt_of_row, prompt_length[prompt_of_row] - 1]              # (R, D)
-    cache.select(prompt_of_row)
-
-    num_rows = len(prompt_of_row)
-    tokens = torch.zeros(num_rows, max_completion_length, dtype=torch.long, device=device)
-    logprobs = torch.zeros(num_rows, max_completion_length, device=device)
-    finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    active = torch.arange(num_rows, device=device)  # rows that are still computed
-    for t in range(max_completion_length):
-        logits = F.linear(hidden, model.output_weight()).float()
-        logprob = (logits / (temperature or 1.0)).log_softmax(-1)                 # [C7]
-        token = choose_token(logprob, temperature, generator)
-        tokens[active, t] = token
-        logprobs[active, t] = logprob.gather(1, token.unsqueeze(1)).squeeze(1)
-        finished[active] |= torch.isin(token, stop_ids)
-        if t % 16 == 15 and finished[active].any():  # seldom, as this waits for the GPU
-            keep = (~finished[active]).nonzero().squeeze(1)
-            active, token = active[keep], token[keep]
-            cache.select(keep)
-        if t + 1 == max_completion_length or len(active) == 0:
-            break
-        hidden = model(token.unsqueeze(1), cache)[:, 0]
-    # Until they are dropped, rows go on after their stop token: cut them there.
-    first_stop = torch.isin(tokens, stop_ids).int().argmax(1)
-    length = torch.where(finished, first_stop + 1, max_completion_length).tolist()
-    prompt_of_row, tokens, logprobs, finished = (
-        tensor.tolist() for tensor in (prompt_of_row, tokens, logprobs, finished))
-    return [Completion(prompts[prompt_of_row[row]], tokens[row][:length[row]],
-                       logprobs[row][:length[row]], finished[row]) for row in range(num_rows)]
-
-
-def choose_token(logprob, temperature, generator):
-    """Draw a token for each row, (R,), from logprob (R, V)."""
-    if temperature == 0:
-        return logprob.argmax(-1)
-    # If E_i is exponential with rate 1, the i with the smallest E_i / p_i has probability p_i.
-    # Unlike torch.multinomial this does not wait for the GPU.
-    noise = torch.empty_like(logprob).exponential_(generator=generator)
-    return (logprob.exp() / noise).argmax(-1)
 
 
 def generate(sampler, tokenizer, examples, num_generations, temperature, generator, args):
@@ -457,8 +382,8 @@ def train(args, reward=None):
     with Logger(args, model, optimizer, pretrained) as log:  # --resume: loads model and optimizer
         update_sampler(sampler, model)
         if log.before is None:  # else --resume has restored it
-            log.before = evaluate_for_summary(sampler, tokenizer, heldout, reward, args)
-        print_summary("before", log.before, heldout)
+            log.before = evaluate(sampler, tokenizer, heldout, reward, args)
+        print_evaluation("before", *log.before)
         while not log.stopped() and log.step < args.max_steps:
             start = time.perf_counter()
             warmup = min((log.step + 1) / max(args.warmup_ratio * args.max_steps, 1), 1)
@@ -477,20 +402,20 @@ def train(args, reward=None):
             metrics["update_tokens_per_second"] = num_tokens / (time.perf_counter() - sampled_at)
             log.step += 1
             if log.step % args.eval_every == 0 or log.step == args.max_steps:
-                log.score, transcripts = evaluate(sampler, tokenizer, heldout, 0.0, reward, args)
+                log.score, transcripts = evaluate(sampler, tokenizer, heldout, reward, args)
                 log.write_transcripts(transcripts)
             log.write(**metrics)
-    after = evaluate_for_summary(sampler, tokenizer, heldout, reward, args)
+    after = evaluate(sampler, tokenizer, heldout, reward, args)
     if args.model:
         save_model(log.dir / "model", model, tokenizer)
-    print_summary("after", after, heldout)
+    print_evaluation("after", *after)
     if dist.is_initialized():
         dist.barrier()  # no process may leave before the others are done
         dist.destroy_process_group()
     return model, log.score
 
 
-# --- The algorithm ends here. Below: the decoder, models, data, flags, evaluation, logging. ---
+# --- The algorithm ends here. Below: sampling, the decoder, data, the reward, flags, logging. ---
 
 
 def update_metrics(batch, logprobs, old_logprobs, num_tokens, args):
@@ -513,7 +438,63 @@ def update_metrics(batch, logprobs, old_logprobs, num_tokens, args):
                       "trained_tokens": num_tokens}
 
 
-# --- The decoder ---
+# --- Sampling ---
+
+
+@torch.no_grad()
+def sample(model, prompts, num_generations, max_completion_length, temperature, stop_ids,
+           generator):
+    """Sample G completions of each prompt, a list of token ids; temperature 0 is greedy.
+
+    Returns a list of B G Completions; those of a prompt are next to each other.
+    """
+    device = generator.device
+    stop_ids = torch.tensor(stop_ids, device=device)
+    prompt_length = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    prompt_tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    cache = Cache(model, prompt_length, prompt_tokens.shape[1] + max_completion_length)
+    hidden = model(prompt_tokens.to(device), cache)
+    # Each prompt is computed once. Its completions start from copies of its last hidden state.
+    prompt_of_row = torch.arange(len(prompts), device=device).repeat_interleave(num_generations)
+    hidden = hidden[prompt_of_row, prompt_length[prompt_of_row] - 1]              # (R, D)
+    cache.select(prompt_of_row)
+
+    num_rows = len(prompt_of_row)
+    tokens = torch.zeros(num_rows, max_completion_length, dtype=torch.long, device=device)
+    logprobs = torch.zeros(num_rows, max_completion_length, device=device)
+    finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    active = torch.arange(num_rows, device=device)  # rows that are still computed
+    for t in range(max_completion_length):
+        logits = F.linear(hidden, model.output_weight()).float()
+        logprob = (logits / (temperature or 1.0)).log_softmax(-1)                 # [C7]
+        token = choose_token(logprob, temperature, generator)
+        tokens[active, t] = token
+        logprobs[active, t] = logprob.gather(1, token.unsqueeze(1)).squeeze(1)
+        finished[active] |= torch.isin(token, stop_ids)
+        if t % 16 == 15 and finished[active].any():  # seldom, as this waits for the GPU
+            keep = (~finished[active]).nonzero().squeeze(1)
+            active, token = active[keep], token[keep]
+            cache.select(keep)
+        if t + 1 == max_completion_length or len(active) == 0:
+            break
+        hidden = model(token.unsqueeze(1), cache)[:, 0]
+    # Until they are dropped, rows go on after their stop token: cut them there.
+    first_stop = torch.isin(tokens, stop_ids).int().argmax(1)
+    length = torch.where(finished, first_stop + 1, max_completion_length).tolist()
+    prompt_of_row, tokens, logprobs, finished = (
+        tensor.tolist() for tensor in (prompt_of_row, tokens, logprobs, finished))
+    return [Completion(prompts[prompt_of_row[row]], tokens[row][:length[row]],
+                       logprobs[row][:length[row]], finished[row]) for row in range(num_rows)]
+
+
+def choose_token(logprob, temperature, generator):
+    """Draw a token for each row, (R,), from logprob (R, V)."""
+    if temperature == 0:
+        return logprob.argmax(-1)
+    # If E_i is exponential with rate 1, the i with the smallest E_i / p_i has probability p_i.
+    # Unlike torch.multinomial this does not wait for the GPU.
+    noise = torch.empty_like(logprob).exponential_(generator=generator)
+    return (logprob.exp() / noise).argmax(-1)
 
 
 class Cache:
@@ -559,6 +540,9 @@ class Cache:
             q.reshape(len(q), k.shape[1], -1, q.shape[3]), self.keys[layer, :, :, :end],
             self.values[layer, :, :, :end], self.visible[:, None, None])
         return y.reshape(q.shape)
+
+
+# --- The decoder ---
 
 
 LORA_SCALE = 2.0  # alpha / rank
@@ -1054,13 +1038,13 @@ def plan_evaluations(args, num_rows):
     """Fill in --eval-prompts and --eval-every where they are 0: at most about 10 % of the time.
 
     A batch takes about 2.5 times as long as generating its completions. There are at most 20
-    evaluations, and two summaries with two evaluations each.
+    evaluations, and one before and one after training.
     """
     num_trained = args.max_steps * args.batch_size * args.num_generations
     budget = 0.1 * 2.5 * num_trained  # completions of all evaluations
-    num_prompts = args.eval_prompts or int(min(256, budget / 8))
+    num_prompts = args.eval_prompts or int(min(256, budget / 6))
     num_prompts = max(min(num_prompts, num_rows // 10), 1)
-    num_evaluations = max(min(budget / num_prompts - 4, 20), 1)
+    num_evaluations = max(min(budget / num_prompts - 2, 20), 1)
     every = args.eval_every or math.ceil(args.max_steps / num_evaluations)
     return replace(args, eval_prompts=num_prompts, eval_every=every)
 
@@ -1116,7 +1100,26 @@ def parse_json(line):
         return None
 
 
-# --- The answer in a text ---
+# --- The reward ---
+
+
+def default_reward(completion, example):
+    """Return 1.0 if the final answer of a completion, a text, is example["answer"], else 0.0.
+
+    The final answer is the content of the last \\boxed{}, else the line after the last ####; it
+    must be the answer, or contain one number with its value. Else the last number counts.
+    """
+    gold, _ = final_answer(str(example["answer"]))
+    answer, is_marked = final_answer(completion)
+    numbers = NUMBER.findall(answer)
+    if parse_number(gold) is None or not numbers or (is_marked and len(numbers) > 1):
+        return float(answer == gold)
+    return float(parse_number(numbers[-1]) == parse_number(gold))
+
+
+def exact_match(completion, example):
+    """Return 1.0 if the completion is the answer, else 0.0: the reward of the tiny GPT."""
+    return float(completion == example["answer"])
 
 
 NUMBER = re.compile(r"(?:(?<![\w)])-)?"  # a minus, but not that of 10-5
@@ -1317,11 +1320,11 @@ def local_rows(rows):
 # --- Evaluation and logging ---
 
 
-def evaluate(sampler, tokenizer, examples, temperature, reward, args):
-    """Return the mean reward on all examples, and some of this process's completions (dicts)."""
+def evaluate(sampler, tokenizer, examples, reward, args):
+    """Return the mean reward of a greedy completion of each example, and some of them (dicts)."""
     examples = local_rows(examples)
-    rng = torch.Generator(args.device).manual_seed(args.seed)
-    completions = generate(sampler, tokenizer, examples, 1, temperature, rng, args)
+    generator = torch.Generator(args.device)  # not used, as greedy completions are not random
+    completions = generate(sampler, tokenizer, examples, 1, 0.0, generator, args)
     texts = [tokenizer.decode(completion.tokens) for completion in completions]
     rewards = [float(reward(text, example)) for text, example in zip(texts, examples)]
     transcripts = [{"prompt": example["prompt"], "completion": text, "reward": value}
@@ -1329,22 +1332,14 @@ def evaluate(sampler, tokenizer, examples, temperature, reward, args):
     return all_gather(torch.tensor(rewards)).mean().item(), transcripts[:3]
 
 
-def evaluate_for_summary(sampler, tokenizer, examples, reward, args):
-    """Return what print_summary compares: greedy and sampled reward, and some completions."""
-    sampled, _ = evaluate(sampler, tokenizer, examples, args.temperature, reward, args)
-    greedy, transcripts = evaluate(sampler, tokenizer, examples, 0.0, reward, args)
-    return {"greedy": greedy, "sampled": sampled, "transcripts": transcripts}
-
-
-def print_summary(name, result, heldout):
-    """Print the rewards before or after training, and some greedy completions."""
+def print_evaluation(name, mean_reward, transcripts):
+    """Print the result of evaluate, before or after training."""
     if get_rank() > 0:
         return
-    print(f"{name}: mean reward on {len(heldout)} held-out prompts: greedy "
-          f"{result['greedy']:.3f}, sampled {result['sampled']:.3f}")
-    for transcript in result["transcripts"]:
+    print(f"{name} training: mean reward {mean_reward:.3f} on held-out prompts (greedy)")
+    for transcript in transcripts:
         print(f"  {transcript['prompt']!r}: {transcript['completion']!r:.300}")
-    if result["greedy"] == result["sampled"] == 0:
+    if mean_reward == 0:
         print("Warning: all rewards are 0. GRPO learns only from prompts whose completions differ "
               "in reward.")
 
@@ -1391,10 +1386,7 @@ class Logger:
         self.csv = path.open("w", buffering=1)
         self.csv.writelines(lines)  # not those that are newer than the checkpoint
         path = self.dir / "transcripts.jsonl"
-        lines = path.read_text("utf-8").splitlines(keepends=True) if self.step else []
-        self.transcripts = path.open("w", buffering=1, encoding="utf-8")
-        self.transcripts.writelines(
-            line for line in lines if json.loads(line)["step"] <= self.step)
+        self.transcripts = path.open("a", buffering=1, encoding="utf-8")
         if args.track:
             import wandb
 

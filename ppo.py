@@ -259,7 +259,7 @@ class MultiCategorical:
 
 
 class Agent(nn.Module):
-    """Policy π(a|s; θ) and value V(s) of vectors (..., O) or uint8 images (M, C, H, W)."""
+    """Policy π(a|s; θ) and value V(s) of vectors (..., O) or uint8 images (..., C, H, W)."""
 
     def __init__(self, obs_shape, action_space, args):
         super().__init__()
@@ -277,49 +277,57 @@ class Agent(nn.Module):
             self.critic = mlp(obs_shape[0], 1, 1.0)
         self.log_std = None if self.choices else nn.Parameter(torch.full((size,), args.log_std))
 
-    def forward(self, obs):
-        """Return the distribution of actions (..., K) and V (...)."""
-        if self.obs_moments:
-            obs = self.obs_moments.scale(obs - self.obs_moments.mean)             # [C8]
+    def features(self, obs):
+        """Return what actor and critic get: normalized vectors, or what the CNN makes of images."""
         if self.cnn:
-            obs = self.cnn(obs / 255)
-        output, value = self.actor(obs), self.critic(obs).squeeze(-1)
+            return self.cnn(obs.flatten(0, -4) / 255).unflatten(0, obs.shape[:-3])
+        return self.obs_moments.scale(obs - self.obs_moments.mean) if self.obs_moments else obs
+
+    def policy(self, features):
+        """Return the distribution of actions (..., K)."""
+        output = self.actor(features)
         if self.choices:
-            return MultiCategorical(output, self.choices), value
+            return MultiCategorical(output, self.choices)
         # Independent sums log-probabilities and entropies over the components.
-        return Independent(Normal(output, self.log_std.exp(), validate_args=False), 1), value
+        return Independent(Normal(output, self.log_std.exp(), validate_args=False), 1)
+
+    def forward(self, obs):
+        """Return the distribution of actions and V (...)."""
+        features = self.features(obs)
+        return self.policy(features), self.critic(features).squeeze(-1)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def collect(envs, agent, obs, valid, num_steps):
     """Take num_steps steps in each environment with the current policy.
 
     obs (N, ...) are the current observations. valid (N,) is False where the first step only resets.
     Returns both for the next call, and a dict of obs (T, N, ...), action (T, N, K), and (T, N):
-        logprob, value: of the policy that plays
-        next_value: V(s_{t+1}), see gae
         reward: 0 if the step only reset
         terminal: s_{t+1} has value 0, as the task ended or a life was lost [C1]; after a lost life
             the episode goes on, so done is False
         truncated: a time limit was reached
         done: the episode ended, so the next step only resets
         valid: False if this step only reset the environment
+        logprob, value: of the policy that played
+        next_value: V(s_{t+1}), see gae
     """
     steps = []
     for _ in range(num_steps):
-        pi, value = agent(obs)
-        action = pi.sample()
+        action = agent.policy(agent.features(obs)).sample()
         next_obs, reward, terminated, truncated, life_lost = envs.step(action)
         done = terminated | truncated
-        steps.append({"obs": obs, "action": action, "logprob": pi.log_prob(action), "value": value,
-                      "reward": reward * valid, "terminal": terminated | life_lost,  # [C1]
-                      "truncated": truncated, "done": done, "valid": valid})
+        steps.append({"obs": obs, "action": action, "reward": reward * valid,
+                      "terminal": terminated | life_lost, "truncated": truncated,  # [C1]
+                      "done": done, "valid": valid})
         obs, valid = next_obs, ~done                                              # [C2]
     rollout = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+    pi, value = agent(rollout["obs"])  # faster for all steps together than in each step
     _, last_value = agent(obs)
     # The reset comes one step later [C2]. So if step t ended an episode, obs[t + 1] is its last
     # observation, and value[t + 1] is the value needed here.
-    rollout["next_value"] = torch.cat([rollout["value"][1:], last_value.unsqueeze(0)])
+    next_value = torch.cat([value[1:], last_value.unsqueeze(0)])
+    rollout |= {"logprob": pi.log_prob(rollout["action"]), "value": value, "next_value": next_value}
     return obs, valid, rollout
 
 
@@ -328,39 +336,34 @@ def update(agent, optimizer, batch, args):
 
     Returns the mean of each metric over the minibatches, of this process except for approx_kl.
     """
-    history = []
+    history, minibatches = [], []
     for _ in range(args.update_epochs):
         permutation = torch.randperm(len(batch["obs"]), device=batch["obs"].device)
-        for index in permutation.tensor_split(args.num_minibatches):
-            rows = {name: column[index] for name, column in batch.items()}
-            pi, value = agent(rows["obs"])
-            logprob = pi.log_prob(rows["action"])                                 # (M,)
-            loss_pi = ppo_loss(logprob, rows["logprob"], rows["advantage"], args.clip_coef)
-            loss_v = (value - rows["target"]).square().mean()
-            entropy = pi.entropy().mean()
-            loss = loss_pi + args.vf_coef * loss_v - args.ent_coef * entropy      # (9), negated
-            optimizer.zero_grad()
-            loss.backward()
+        minibatches += permutation.tensor_split(args.num_minibatches)
+    for index in minibatches:
+        rows = {name: column[index] for name, column in batch.items()}
+        pi, value = agent(rows["obs"])
+        logprob = pi.log_prob(rows["action"])                                     # (M,)
+        loss_pi = ppo_loss(logprob, rows["logprob"], rows["advantage"], args.clip_coef)
+        loss_v = (value - rows["target"]).square().mean()
+        entropy = pi.entropy().mean()
+        loss = loss_pi + args.vf_coef * loss_v - args.ent_coef * entropy          # (9), negated
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(                                     # [C5]
+            agent.parameters(), args.max_grad_norm, error_if_nonfinite=True)
 
-            log_ratio = (logprob - rows["logprob"]).detach()
-            ratio = log_ratio.exp()
-            metrics = {"policy_loss": loss_pi, "value_loss": loss_v, "entropy": entropy,
-                       "approx_kl": (ratio - 1 - log_ratio).mean(),               # [C6]
-                       "clip_fraction": ((ratio - 1).abs() > args.clip_coef).float().mean()}
-            metrics = {name: metric.detach() for name, metric in metrics.items()}
-            all_reduce_mean(metrics["approx_kl"])  # all processes stop at the same minibatch
-            metrics["grad_norm"] = nn.utils.clip_grad_norm_(                      # [C5]
-                agent.parameters(), args.max_grad_norm, error_if_nonfinite=True)
-            history.append(metrics)
-            if args.target_kl is not None and metrics["approx_kl"] > 1.5 * args.target_kl:
-                return mean_metrics(history)  # before the step of this minibatch  # [C6]
-            optimizer.step()
-    return mean_metrics(history)
-
-
-def mean_metrics(history):
-    """Average a list of dicts of scalar tensors."""
-    return {name: torch.stack([row[name] for row in history]).mean() for name in history[0]}
+        log_ratio = (logprob - rows["logprob"]).detach()
+        ratio = log_ratio.exp()
+        approx_kl = all_reduce_mean((ratio - 1 - log_ratio).mean())               # [C6]
+        metrics = {"policy_loss": loss_pi, "value_loss": loss_v, "entropy": entropy,
+                   "approx_kl": approx_kl, "grad_norm": grad_norm,
+                   "clip_fraction": ((ratio - 1).abs() > args.clip_coef).float().mean()}
+        history.append({name: metric.detach() for name, metric in metrics.items()})
+        if args.target_kl is not None and approx_kl > 1.5 * args.target_kl:
+            break  # in all processes, before the step of this minibatch          # [C6]
+        optimizer.step()
+    return {name: torch.stack([row[name] for row in history]).mean().item() for name in metrics}
 
 
 def train(args):
@@ -409,7 +412,7 @@ def train(args):
             if agent.obs_moments:  # after the update, as this changes what the agent computes
                 agent.obs_moments.update(batch["obs"])
             log.write(args.num_envs * args.num_steps, all_gather(return_so_far[done]), **metrics,
-                      explained_variance=1 - advantage_var / target_var,  # Â is V_target − V
+                      explained_variance=1 - (advantage_var / target_var).item(),  # Â: target − V
                       learning_rate=args.learning_rate * remaining)
     envs.close()
     if dist.is_initialized():
@@ -611,10 +614,10 @@ def image_layout(space):
     Images are uint8 with bounds 0 and 255, of 36 by 36 pixels or more (the CNN needs that many):
     (H, W), (H, W, C), (C, H, W), or a stack of these. Stacked frames become channels.
     """
-    shape = space.shape
-    if len(shape) in (2, 3, 4):
-        last = len(shape) > 2 and shape[-1] == min(shape[-3:])  # few channels, many pixels
-        height, width = shape[-3:-1] if last else shape[-2:]
+    if len(space.shape) in (2, 3, 4):
+        # There are few channels and many pixels.
+        last = len(space.shape) > 2 and space.shape[-1] == min(space.shape[-3:])
+        height, width = space.shape[-3:-1] if last else space.shape[-2:]
         pixels = space.dtype == np.uint8 and space.low.min() == 0 and space.high.max() == 255
         if pixels and min(height, width) >= 36:
             return (space.low.size // (height * width), height, width), last
@@ -709,8 +712,7 @@ class Logger:
         self.bar.update(steps)
         if not self.is_main:
             return
-        row = {"step": self.step, "seconds": self.seconds, "score": self.score}
-        row |= {name: float(value) for name, value in metrics.items()}
+        row = {"step": self.step, "seconds": self.seconds, "score": self.score, **metrics}
         if self.csv.tell() == 0:
             print(*row.keys(), sep=",", file=self.csv)  # header
         print(*row.values(), sep=",", file=self.csv)

@@ -123,7 +123,7 @@ def ppo_update(obs_shape, device, compile=False, bf16=False):
                        "logprob": 0.3 * torch.randn(64) - 1.8, "advantage": torch.randn(64)},
                       device)
     metrics = ppo.update(agent, torch.optim.SGD(agent.parameters(), 0.0), batch, args)
-    return gradients(metrics["policy_loss"] + metrics["value_loss"], agent)
+    return gradients(torch.tensor(metrics["policy_loss"] + metrics["value_loss"]), agent)
 
 
 def small_model(script, args, device, seed, **flags):

@@ -37,7 +37,7 @@ HERE = Path(__file__).resolve().parent
 SEEDS = range(11, 16)
 PROMPTS = [[{"role": "user", "content": f"What is {a} + {b}? Answer with the number alone."}]
            for a, b in ((12, 7), (45, 38))]
-RESULTS = ["seed", "seconds", "greedy_before", "sampled_before", "greedy_after", "sampled_after"]
+RESULTS = ["seed", "seconds", "greedy_before", "greedy_after"]
 PICTURES = {  # picture in docs/: what it shows, entry of grpo.json
     "img/grpo_curve.png": ("Held-out accuracy of SmolLM2-135M on sums, by batches", "curve")}
 SPEEDS = ["contestant", "run", "seconds_per_step", "peak_mib"]
@@ -145,7 +145,7 @@ def default_rows():
                 [sys.executable, HERE.parent / "grpo.py", "--seed", str(seed), "--run-dir",
                  f"{folder}/run"], check=True, capture_output=True, text=True)
             seconds = time.perf_counter() - start
-        figures = re.findall(r"(?:greedy|sampled) ([0-9.]+)", done.stdout)
+        figures = re.findall(r"training: mean reward ([0-9.]+)", done.stdout)
         print(f"seed {seed}: {seconds:.0f} s, {figures}", flush=True)
         yield dict(zip(RESULTS, [seed, round(seconds, 1), *map(float, figures)]))
 
@@ -204,11 +204,9 @@ def read(name):
 
 def default_table():
     """Markdown, from grpo.csv."""
-    lines = ["| seed | seconds | greedy before | greedy after | sampled before | sampled after |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| seed | seconds | accuracy before | accuracy after |", "|---|---|---|---|"]
     for row in read("grpo.csv"):
-        lines.append("| {seed} | {seconds} | {greedy_before} | {greedy_after} | {sampled_before} "
-                     "| {sampled_after} |".format(**row))
+        lines.append("| {seed} | {seconds} | {greedy_before} | {greedy_after} |".format(**row))
     return "\n".join(lines)
 
 

@@ -426,7 +426,7 @@ def test_evaluations_take_a_tenth_of_a_run():
     for steps, batch, rows in ((1000, 32, 8000), (100, 8, 400), (2000, 4, 60), (50, 16, 100_000)):
         args = grpo.plan_evaluations(
             arguments(max_steps=steps, batch_size=batch, num_generations=8), rows)
-        cost = args.eval_prompts * (4 + steps // args.eval_every)
+        cost = args.eval_prompts * (2 + steps // args.eval_every)
         assert cost <= 0.11 * 2.5 * steps * batch * 8
         assert args.eval_prompts <= min(256, rows // 10) and steps // args.eval_every <= 20
         assert args.eval_prompts == 256 or cost > 0.03 * 2.5 * steps * batch * 8 or rows < 100

@@ -846,7 +846,7 @@ def test_processes_get_different_prompts_and_random_numbers(monkeypatch, tmp_pat
 
 
 def test_what_train_asks_of_its_parts(monkeypatch, tmp_path):
-    """AdamW without weight decay; greedy completions for the score; both kinds before and after."""
+    """AdamW without weight decay; evaluations before, during and after training."""
     args = grpo.default_args(**SMALL | {"run_dir": str(tmp_path / "run"), "max_steps": 4})
     updates, rows = seen_in_train(monkeypatch, "update", args)
     assert [call[2].param_groups[0]["weight_decay"] for call in updates] == [0.0] * 4
@@ -856,7 +856,10 @@ def test_what_train_asks_of_its_parts(monkeypatch, tmp_path):
     assert scores[0] != scores[0] and scores[1] == scores[2] and scores[1] == scores[1]
     args = dataclasses.replace(args, run_dir=str(tmp_path / "again"))
     evaluations, _ = seen_in_train(monkeypatch, "evaluate", args)
-    assert [call[3] for call in evaluations] == [1, 0, 0, 0, 1, 0]
+    assert len(evaluations) == 4 and all(len(call[2]) == 16 for call in evaluations)
+    generations, _ = seen_in_train(monkeypatch, "generate", dataclasses.replace(
+        args, run_dir=str(tmp_path / "greedy")))
+    assert [call[4] for call in generations] == [0, 1, 1, 0, 1, 1, 0, 0]  # temperatures
     batches, _ = seen_in_train(monkeypatch, "generate_batch",
                                dataclasses.replace(args, run_dir=str(tmp_path / "third")))
     assert len({json.dumps(call[2]) for call in batches}) == 4
@@ -957,7 +960,7 @@ def test_completions_are_judged_by_their_own_example(monkeypatch):
     for row, mask, advantage in zip(batch.inputs, batch.mask, batch.advantage):
         right = text.decode(row.tolist())[:2] == text.decode(row.tolist())[3:5]
         assert advantage == (0.5 if right else -0.5) and mask.sum() == 3
-    accuracy, transcripts = grpo.evaluate(None, text, examples, 0.0, reward, flags())
+    accuracy, transcripts = grpo.evaluate(None, text, examples, reward, flags())
     assert accuracy == 1 and seen[20:] == [1] * 70
     assert transcripts == [{"prompt": f"0{i}=", "completion": f"0{i}", "reward": 1.0}
                            for i in range(3)]
@@ -1175,7 +1178,7 @@ def test_checkpoints_do_not_change_the_training(tmp_path, capsys):
         calls = count()
         call(capsys, *SHORT, "--max-steps", 5, "--run-dir", tmp_path / name, "--checkpoint-seconds",
              seconds, reward=lambda text, example: (
-                 judge(text, example) * (next(calls) >= 2 * 16 + 2 * 64 + 16)))  # noqa: B023
+                 judge(text, example) * (next(calls) >= 16 + 2 * 64 + 16)))  # noqa: B023
     one, two = metrics(tmp_path / "never"), metrics(tmp_path / "always")
     assert [row["equal_groups"] for row in one][:2] == ["1.0", "1.0"] and str(one) == str(two)
     assert float(one[2]["equal_groups"]) < 1
@@ -1253,7 +1256,7 @@ def test_error_in_the_reward_keeps_its_traceback_and_what_was_learned(tmp_path, 
     calls = count()
 
     def reward(text, example):
-        if next(calls) == 2 * 16 + 2 * 64 + 16 + 5:  # in the third batch
+        if next(calls) == 16 + 2 * 64 + 16 + 5:  # in the third batch
             raise ZeroDivisionError("the user's own")
         return judge(text, example)
 
@@ -1267,14 +1270,15 @@ def test_non_finite_reward_ends_the_run_and_keeps_the_weights(tmp_path, capsys):
     calls = count()
     with pytest.raises(RuntimeError, match="non-finite"):
         call(capsys, *SHORT, "--max-steps", 5, "--run-dir", tmp_path, reward=lambda text, example: (
-            judge(text, example) / (next(calls) != 2 * 16 + 2 * 64 + 16 + 5 or float("nan"))))
+            judge(text, example) / (next(calls) != 16 + 2 * 64 + 16 + 5 or float("nan"))))
     assert saved(tmp_path)["progress"]["step"] == 2 and weights(tmp_path).isfinite().all()
 
 
 def test_summary_compares_before_and_after(tmp_path, capsys):
     out = call(capsys, *SHORT, "--max-steps", 1, "--run-dir", tmp_path)[1]
-    assert re.search(r"before: mean reward on 16 held-out prompts: greedy [0-9.]+, sampled", out)
-    assert "after: mean reward" in out and len(re.findall("  '[0-9]+.[0-9]+=': '", out)) == 6
+    assert re.search(r"before training: mean reward [0-9.]+ on held-out prompts", out)
+    assert "after training: mean reward" in out
+    assert len(re.findall("  '[0-9]+.[0-9]+=': '", out)) == 6
     assert "all rewards are 0" not in out
     code, out, *_ = call(capsys, *SHORT, "--max-steps", 1, "--run-dir", tmp_path / "none",
                          reward=lambda text, example: 0.0)
@@ -1328,7 +1332,7 @@ def test_short_run_learns_and_one_without_steps_does_not(tmp_path, capsys, monke
         out = call(capsys, "--pretrain-steps", 220, "--max-steps", steps, "--eval-every", 40,
                    "--learning-rate", rate, "--run-dir", tmp_path / str(rate),
                    reward=grpo.default_reward)[1]
-        before, after = re.findall(r"(?:before|after): .*greedy ([0-9.]+)", out)
+        before, after = re.findall(r"(?:before|after) training: mean reward ([0-9.]+)", out)
         gains.append(float(after) - float(before))
     assert gains[0] > 0.3 and abs(gains[1]) < 0.02
     assert max(float(row["sampler_gap_max"]) for row in metrics(tmp_path / "0.0003")) < 1e-4
@@ -1478,7 +1482,7 @@ def test_runs_of_two_processes(folder, tmp_path, capsys):
     calls = [[str(word) for word in call] for call in calls]
     script.write_text(RUNS.format(root=str(ROOT), tests=str(ROOT / "tests"), calls=calls))
     out = torchrun(script)
-    assert out.count("after: mean reward") == 4 and out.count("files in") == 4
+    assert out.count("after training: mean reward") == 4 and out.count("files in") == 4
     assert call(capsys, "--resume", run, "--max-steps", 4)[0] == 0
     assert [row["step"] for row in metrics(run)] == ["1", "2", "3", "4"]
     assert all("lora_" in name for name in saved(lora)["model"])
