@@ -60,7 +60,7 @@ Results, five seeds: greedy accuracy on held-out sums, before -> after, on two c
     a step of SmolLM2-135M in float32, 16 pairs of 64 to 128 tokens: 20 s, 3.6 GiB
 """
 
-import functools
+import contextlib
 import gzip
 import hashlib
 import itertools
@@ -161,17 +161,15 @@ def target_logprobs(hidden, targets, weight):
 def token_logprobs(model, inputs, targets, mask, chunk_size=1024):
     """Compute log π of the targets where mask is True, 0 elsewhere; all (R, L).
 
-    Logits are computed in chunks of tokens. If there are several, the backward pass recomputes
-    them, as those of all tokens, (K, V), would be the largest tensor by far.
+    Logits are computed in chunks of tokens, and again in the backward pass, as those of all tokens,
+    (K, V), would be the largest tensor by far.
     """
     hidden = model(inputs)[mask]                                              # (K, D)
-    # Used outside of forward: FSDP leaves these weights gathered after it.
+    # Used outside of model.forward: FSDP leaves the weights of the root module gathered after it.
     weight = model.output_weight().to(hidden.dtype)
-    compute = target_logprobs
-    if len(hidden) > chunk_size:
-        compute = functools.partial(checkpoint, target_logprobs, use_reentrant=False)
-    logprobs = [compute(*chunk, weight)
-                for chunk in zip(hidden.split(chunk_size), targets[mask].split(chunk_size))]
+    chunks = zip(hidden.split(chunk_size), targets[mask].split(chunk_size))
+    logprobs = [checkpoint(target_logprobs, *chunk, weight, use_reentrant=False)
+                for chunk in chunks]
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, torch.cat(logprobs))
 
@@ -183,10 +181,9 @@ def pad_batch(rows, device):
     belongs to the completion.
     """
     tokens = pad_sequence([torch.tensor(prompt + completion) for prompt, completion in rows],
-                          batch_first=True)  # padded with 0; causal attention does not see it
-    column = torch.arange(tokens.shape[1])
-    mask = torch.stack([(column >= len(prompt)) & (column < len(prompt) + len(completion))
-                        for prompt, completion in rows])                      # [C6]
+                          batch_first=True)  # padded at the end: causal attention never sees it
+    mask = pad_sequence([torch.arange(len(prompt) + len(completion)) >= len(prompt)
+                         for prompt, completion in rows], batch_first=True)   # [C6]
     return tokens[:, :-1].to(device), tokens[:, 1:].to(device), mask[:, 1:].to(device)
 
 
@@ -231,9 +228,8 @@ def score_pairs(model, pairs, args, title="reference"):
     # All processes must call the model equally often, so some compute the first pair once more.
     indices = local_rows(indices + indices[:1] * (-len(indices) % world_size))
     logprobs = []
-    disable = None if get_rank() == 0 else True  # None: the bar is shown only in a terminal
     for start in tqdm(range(0, len(indices), args.micro_batch_size), title, leave=False,
-                      disable=disable):
+                      disable=get_rank() > 0 or None):  # None: shown in a terminal only
         part = [pairs[i] for i in indices[start:start + args.micro_batch_size]]
         logprobs.append(answer_logprobs(model, part, args.device).cpu())
     result = torch.zeros(len(pairs), 2)
@@ -281,8 +277,9 @@ def update(model, optimizer, pairs, ref_logprob, args):
                                          error_if_nonfinite=True)
     optimizer.step()
     logprobs, ref_logprob, length = map(all_gather, (logprobs, ref_logprob, length))
-    metrics = mean_metrics(logprobs, ref_logprob, length, args)
-    return metrics | {"grad_norm": full_tensor(grad_norm)}
+    if dist.is_initialized():
+        grad_norm = grad_norm.full_tensor()  # of the sharded model
+    return mean_metrics(logprobs, ref_logprob, length, args) | {"grad_norm": grad_norm}
 
 
 def train(args):
@@ -296,22 +293,19 @@ def train(args):
     with Logger(args, model, optimizer) as log:  # --resume: loads model and optimizer
         pairs, heldout = load_pairs(args, tokenizer, model, log.dir)
         num_steps, eval_every = plan(pairs, heldout, tokenizer, args)
-        if args.model:
-            print_example(pairs[0], tokenizer)
-        if log.ref_logprob is None:  # else --resume has restored it
+        data_hash = hashlib.sha256(repr(heldout + pairs).encode()).hexdigest()
+        if log.ref_logprob is None:  # a new run
+            log.data_hash = data_hash
             log.before = None if args.model else evaluate_sums(model, tokenizer, None, args)
             log.ref_logprob = (torch.zeros(len(heldout + pairs), 2) if args.reference_free
                                else score_pairs(model, heldout + pairs, args))    # [C2]
-        data_hash = hashlib.sha256(repr(heldout + pairs).encode()).hexdigest()
-        if log.data_hash not in (None, data_hash):
+        elif log.data_hash != data_hash:
             raise SystemExit(f"--resume {args.resume}: the pairs have other tokens now")
-        log.data_hash = data_hash
         heldout_ref, ref_logprob = log.ref_logprob.split([len(heldout), len(pairs)])
         log.bar.total = num_steps
         while not log.stopped() and log.step < num_steps:
             optimizer.param_groups[0]["lr"] = learning_rate_at(log.step, num_steps, args)
-            indices = batch_indices(log.step, len(pairs), args)
-            indices = local_rows(by_length(pairs, indices))
+            indices = local_rows(by_length(pairs, batch_indices(log.step, len(pairs), args)))
             metrics = update(model, optimizer, [pairs[i] for i in indices], ref_logprob[indices],
                              args)
             log.step += 1
@@ -337,31 +331,26 @@ def train(args):
 # --- Metrics ---
 
 
-def preference_metrics(logprob, ref_logprob, length, beta):
-    """Compute means over the pairs, by name; logprob, ref_logprob and length (tokens) are (P, 2).
+def mean_metrics(logprob, ref_logprob, length, args):
+    """Compute means over the pairs, by name; see pair_losses for the arguments.
 
     accuracy: how often the chosen answer has the higher reward. accuracy_longer: the same where it
     is the longer one; NaN if there are no such pairs. chosen_fell: how often log π of the chosen
     answer is below its log π_ref, which the loss allows; NaN without a reference, when all are 0.
     """
-    reward = beta * (logprob - ref_logprob)
+    loss = pair_losses(logprob, ref_logprob, length, args)
+    if args.length_normalize:                                                     # [C1]
+        logprob, ref_logprob = logprob / length, ref_logprob / length
+    reward = args.beta * (logprob - ref_logprob)
     margin = reward[:, 0] - reward[:, 1]
     correct = (margin > 0).float()
     fell = (logprob < ref_logprob)[:, 0].float()
-    return {"accuracy": correct.mean(), "margin": margin.mean(),
+    return {"loss": loss.mean(), "accuracy": correct.mean(), "margin": margin.mean(),
             "accuracy_longer": correct[length[:, 0] > length[:, 1]].mean(),
             "accuracy_shorter": correct[length[:, 0] < length[:, 1]].mean(),
             "reward_chosen": reward[:, 0].mean(), "reward_rejected": reward[:, 1].mean(),
             "logprob_chosen": logprob[:, 0].mean(), "logprob_rejected": logprob[:, 1].mean(),
             "chosen_fell": fell.mean() if ref_logprob.any() else torch.tensor(math.nan)}
-
-
-def mean_metrics(logprob, ref_logprob, length, args):
-    """Compute the mean loss and preference_metrics of pairs; see pair_losses for the arguments."""
-    divisor = length if args.length_normalize else 1                              # [C1]
-    loss = pair_losses(logprob, ref_logprob, length, args).mean()
-    return {"loss": loss} | preference_metrics(logprob / divisor, ref_logprob / divisor, length,
-                                               args.beta)
 
 
 def evaluate(model, pairs, ref_logprob, args):
@@ -385,7 +374,6 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.rank = rank
         if rank:
-            self.weight.requires_grad_(False)
             self.lora_a = nn.Parameter(torch.empty(rank, in_features))
             self.lora_b = nn.Parameter(torch.zeros(out_features, rank))
 
@@ -477,17 +465,15 @@ class Decoder(nn.Module):
         if rank:
             for name, param in self.named_parameters():
                 param.requires_grad_("lora_" in name)
-        self.register_buffer("frequency", frequencies(config), persistent=False)
 
     def output_weight(self):
         """Return the weight (V, D) of the layer that computes the logits from hidden states."""
-        tied = self.config["tie_word_embeddings"]
-        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+        return getattr(self, "lm_head", self.model.embed_tokens).weight
 
     def forward(self, tokens):
         """Compute the last hidden states (R, L, D) of right-padded rows of tokens (R, L)."""
         position = torch.arange(tokens.shape[1], device=tokens.device)
-        angle = position.unsqueeze(1) * self.frequency                            # (L, E/2)
+        angle = position.unsqueeze(1) * frequencies(self.config, tokens.device)   # (L, E/2)
         rotation = angle.cos(), angle.sin()
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.model.embed_tokens(tokens).float()
@@ -500,10 +486,10 @@ class Decoder(nn.Module):
         return x.bfloat16() if self.bf16 else x
 
 
-def frequencies(config):
+def frequencies(config, device):
     """Compute the rotary frequencies of a head, (E/2,), in radians per position."""
     rope, size = config["rope"], config["head_dim"]
-    frequency = rope["rope_theta"] ** -(torch.arange(0, size, 2, device="cpu").float() / size)
+    frequency = rope["rope_theta"] ** -(torch.arange(0, size, 2, device=device).float() / size)
     if rope["rope_type"] == "llama3":  # low frequencies are scaled down, for long contexts
         turns = frequency * rope["original_max_position_embeddings"] / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -517,12 +503,11 @@ def frequencies(config):
 
 def read_config(config, folder):
     """Fill in the defaults of a config.json; exit if Decoder does not support the model."""
-    kind, heads = config.get("model_type"), config.get("num_attention_heads", 1)
     rope = {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default"}
     rope |= config.get("rope_scaling") or {}
     rope |= config.get("rope_parameters") or {}
     rope["rope_type"] = rope.get("type", rope["rope_type"])
-    found = rope | config | {"model_type": kind}
+    found = {"model_type": None} | rope | config
     if "sliding_attention" in (config.get("layer_types") or []):
         found["use_sliding_window"] = True
     supported = {"model_type": ["llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"],
@@ -532,8 +517,8 @@ def read_config(config, folder):
         if found.get(name, values[0]) not in values:
             raise SystemExit(f"--model {folder}: config.json: {name} {found[name]} is not "
                              "supported; dense Llama, Qwen2 and Qwen3 models are")
-    head_dim = config.get("head_dim") or (
-        128 if kind == "qwen3" else config["hidden_size"] // heads)
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
     defaults = {"num_key_value_heads": heads, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
                 "max_position_embeddings": 2048}
     return defaults | config | {"head_dim": head_dim, "rope": rope}
@@ -607,16 +592,10 @@ def make_model(config, weights, device, args):
         # Training changes the weights in place, so it needs a copy.
         new_weights[name] = weight.clone() if param.requires_grad else weight
     model.load_state_dict(new_weights, assign=True)
-    model.frequency = frequencies(config).to(device)
     if args.compile:
         for block in model.model.layers:
             block.compile(dynamic=True)
     return model
-
-
-def full_tensor(tensor):
-    """Return the full tensor of a sharded one, other tensors as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def save_model(folder, model, tokenizer):
@@ -655,9 +634,6 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 class Tokenizer:
     """The tokenizer, chat template and stop tokens of a Hugging Face folder."""
-
-    files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-             "generation_config.json", "chat_template.jinja")
 
     def __init__(self, folder, template_kwargs):
         import tokenizers
@@ -728,7 +704,8 @@ class Tokenizer:
         return self.tokenizer.decode(tokens, skip_special_tokens)
 
     def save(self, folder):
-        for name in self.files:
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                     "generation_config.json", "chat_template.jinja"):
             if (self.folder / name).exists():
                 shutil.copy(self.folder / name, folder)
 
@@ -796,17 +773,18 @@ def plan(pairs, heldout, tokenizer, args):
                       for pair in pairs + heldout for answer in (pair.chosen, pair.rejected))
         print(f"{len(pairs)} pairs to learn from, {len(heldout)} held out; {num_cut} answers cut; "
               f"{num_steps} batches of {args.batch_size} pairs, an evaluation every {eval_every}")
+        if args.model:
+            print_example(pairs[0], tokenizer)
     return num_steps, eval_every
 
 
 def print_example(pair, tokenizer):
     """Print a pair as the model sees it."""
-    if get_rank() == 0:
-        if tokenizer.template_source and not tokenizer.template:
-            print("All prompts are texts: the chat template of the model is not used.")
-        prompt, chosen, rejected = (tokenizer.decode(list(ids), False) for ids in pair)
-        print("A pair as the model sees it, the trained part in >>> <<<:")
-        print(f"{prompt}>>>{chosen}<<<\nrejected: >>>{rejected}<<<")
+    if tokenizer.template_source and not tokenizer.template:
+        print("All prompts are texts: the chat template of the model is not used.")
+    prompt, chosen, rejected = (tokenizer.decode(list(ids), False) for ids in pair)
+    print("A pair as the model sees it, the trained part in >>> <<<:")
+    print(f"{prompt}>>>{chosen}<<<\nrejected: >>>{rejected}<<<")
 
 
 def read_pair(row, tokenizer, max_length):
@@ -847,12 +825,14 @@ def encode_answer(text, tokenizer):
 def split_row(row):
     """Return prompt, chosen and rejected of a row: three texts, or three lists of messages.
 
-    If one of them is a list of messages, a text is a message of the user, or of the assistant.
+    If one of them is a list of messages, a prompt that is a text becomes a message of the user, and
+    an answer that is a text one of the assistant.
     """
-    prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
-    if any(isinstance(part, list) for part in (prompt, chosen, rejected)):
-        prompt = as_messages("user", prompt)
-        chosen, rejected = as_messages("assistant", chosen), as_messages("assistant", rejected)
+    parts = [row.get(name) for name in ("prompt", "chosen", "rejected")]
+    if any(isinstance(part, list) for part in parts):
+        parts = [[{"role": role, "content": part}] if isinstance(part, str) else part
+                 for role, part in zip(("user", "assistant", "assistant"), parts)]
+    prompt, chosen, rejected = parts
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(answer, str):
             check_messages(name, answer)
@@ -873,11 +853,6 @@ def split_row(row):
     return prompt, chosen, rejected
 
 
-def as_messages(role, part):
-    """Return a text as a list with one message, anything else as it is."""
-    return [{"role": role, "content": part}] if isinstance(part, str) else part
-
-
 def common_beginning(chosen, rejected):
     """Return the messages that two conversations have in common, or the common prompt of two texts.
 
@@ -892,20 +867,33 @@ def common_beginning(chosen, rejected):
 
 
 def read_rows(path, check, skip_bad_rows):
-    """Return check(row) of all rows (dicts) of a file.
+    """Return check(row) of all rows (dicts) of a file: JSON lines or a JSON array.
 
     check raises ValueError for a bad row, which ends the run, or is counted if skip_bad_rows.
     It returns None for a row that is too long.
     """
+    opener = gzip.open if str(path).endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            text = file.read()
+        is_array = text.lstrip().startswith("[")
+        items = json.loads(text) if is_array else text.split("\n")
+    except (OSError, EOFError, ValueError) as error:
+        raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
     rows, bad = [], Counter()
-    for place, row in read_json(Path(path)):
+    for number, row in enumerate(items, 1):
+        if isinstance(row, str) and not row.strip():  # an empty line
+            continue
         try:
+            with contextlib.suppress(ValueError):  # else it stays a text, which is refused
+                row = row if is_array else json.loads(row)
             if not isinstance(row, dict):
                 raise ValueError("not a JSON object; expected JSON lines or a JSON array")
             rows.append(check(row))
         except ValueError as error:
             if not skip_bad_rows:
-                raise SystemExit(f"--data {path}, {place}: {error}") from error
+                place = "item" if is_array else "line"
+                raise SystemExit(f"--data {path}, {place} {number}: {error}") from error
             bad[str(error)] += 1
     used = [row for row in rows if row is not None]
     if get_rank() == 0:
@@ -916,30 +904,6 @@ def read_rows(path, check, skip_bad_rows):
     if not used:
         raise SystemExit(f"--data {path}: no rows that can be used")
     return used
-
-
-def read_json(path):
-    """Yield the place and the value of each line of JSON lines, or of each item of a JSON array."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            is_array = file.read(100).lstrip().startswith("[")
-            file.seek(0)
-            if is_array:
-                yield from ((f"item {n}", row) for n, row in enumerate(json.load(file), 1))
-            else:
-                yield from ((f"line {n}", parse_json(line))
-                            for n, line in enumerate(file, 1) if line.strip())
-    except (OSError, EOFError, ValueError) as error:
-        raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
-
-
-def parse_json(line):
-    """Return the value of a line of JSON, None if it is not JSON."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 # --- The tiny GPT that learns to add ---
@@ -975,11 +939,9 @@ def addition(rng, held_out=False):
 
 def tiny_config(vocab_size):
     """Return the config of a GPT with a quarter of a million parameters."""
-    return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocab_size,
-            "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 64, "tie_word_embeddings": True, "bos_token_id": None,
-            "eos_token_id": 0, "pad_token_id": 0}
+    return {"model_type": "llama", "vocab_size": vocab_size, "hidden_size": 96,
+            "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "max_position_embeddings": 64, "tie_word_embeddings": True}
 
 
 def pretrain(args, device):
@@ -997,8 +959,9 @@ def pretrain(args, device):
             nn.init.normal_(param, std=0.1)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=True)
     rng = random.Random(f"pretrain {args.seed}")
-    disable = None if get_rank() == 0 else True  # None: the bar is shown only in a terminal
-    for step in tqdm(range(args.pretrain_steps), "pretraining", leave=False, disable=disable):
+    bar = tqdm(range(args.pretrain_steps), "pretraining", leave=False,
+               disable=get_rank() > 0 or None)  # None: shown in a terminal only
+    for step in bar:
         remaining = 1 - step / args.pretrain_steps
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 3 * remaining)
         examples = [addition(rng) for _ in range(256)]
@@ -1182,9 +1145,7 @@ def all_gather(tensor):
 
 def local_rows(rows):
     """Return this process's share of rows that are the same in all processes."""
-    if not dist.is_initialized():
-        return rows
-    return rows[dist.get_rank()::dist.get_world_size()]
+    return rows[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else rows
 
 
 # --- Logging ---
@@ -1222,7 +1183,7 @@ class Logger:
             raise SystemExit(f"--run-dir {self.dir}: holds a run already; choose another folder")
         self.start, self.saved_at = time.perf_counter() - self.seconds, time.perf_counter()
         self.bar = tqdm(initial=self.step, unit=" batches",
-                        disable=None if get_rank() == 0 else True)
+                        disable=get_rank() > 0 or None)
         self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
         if get_rank() > 0:
             return
@@ -1245,12 +1206,8 @@ class Logger:
 
     def stopped(self):
         """Whether Ctrl-C was pressed in any process."""
-        self.interrupted = self.any_process(self.interrupted)
+        self.interrupted = all_gather(torch.tensor([self.interrupted])).any().item()
         return self.interrupted
-
-    def any_process(self, condition):
-        """Whether the condition is true in any of the processes."""
-        return all_gather(torch.tensor([condition])).any().item()
 
     def write(self, **metrics):
         """Log one batch; save a checkpoint from time to time."""
@@ -1265,8 +1222,8 @@ class Logger:
             print(*row.values(), sep=",", file=self.csv)
             if self.wandb:
                 self.wandb.log(row, step=self.step)
-        waited = time.perf_counter() - self.saved_at
-        if self.any_process(get_rank() == 0 and waited >= self.args.checkpoint_seconds):
+        waited = all_gather(torch.tensor([time.perf_counter() - self.saved_at]))
+        if waited[0] >= self.args.checkpoint_seconds:  # by the clock of the first process
             self.save()
 
     def save(self):

@@ -64,7 +64,7 @@ Results, five seeds: greedy accuracy on held-out sums, before -> after, on two c
     a step of SmolLM2-135M in float32, 16 completions of 32 tokens: 8 s, 3.7 GiB
 """
 
-import functools
+import contextlib
 import gzip
 import json
 import math
@@ -76,7 +76,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -123,8 +123,8 @@ class Args:
     num_iterations: int = 1  # updates per batch
     mask_truncated_completions: bool = False  # do not learn from completions without stop token
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before GRPO
-    eval_every: int = 20  # batches between evaluations; 0: they take at most 10 % of the time
-    eval_prompts: int = 256  # held-out prompts, at most a tenth of the data; 0: as for --eval-every
+    eval_every: int = 20  # batches between evaluations; 0: they take about 10 % of the time
+    eval_prompts: int = 256  # held-out prompts, at most a tenth of the data
     micro_batch_size: int = 1024  # rows per forward and backward pass; changes only memory [C5]
     sampling_batch_size: int = 1024  # rows to generate at a time; changes only memory
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
@@ -215,17 +215,15 @@ def target_logprobs(hidden, targets, weight, temperature):
 def token_logprobs(model, inputs, targets, mask, temperature=1.0, chunk_size=1024):
     """Compute log π of the targets where mask is True, 0 elsewhere; all (R, L).
 
-    Logits are computed in chunks of tokens. If there are several, the backward pass recomputes
-    them, as those of all tokens, (K, V), would be the largest tensor by far.
+    Logits are computed in chunks of tokens, and again in the backward pass, as those of all tokens,
+    (K, V), would be the largest tensor by far.
     """
     hidden = model(inputs)[mask]                                              # (K, D)
-    # Used outside of forward: FSDP leaves these weights gathered after it.
+    # Used outside of model.forward: FSDP leaves the weights of the root module gathered after it.
     weight = model.output_weight().to(hidden.dtype)
-    compute = target_logprobs
-    if len(hidden) > chunk_size:
-        compute = functools.partial(checkpoint, target_logprobs, use_reentrant=False)
-    logprobs = [compute(*chunk, weight, temperature)
-                for chunk in zip(hidden.split(chunk_size), targets[mask].split(chunk_size))]
+    chunks = zip(hidden.split(chunk_size), targets[mask].split(chunk_size))
+    logprobs = [checkpoint(target_logprobs, *chunk, weight, temperature, use_reentrant=False)
+                for chunk in chunks]
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, torch.cat(logprobs))
 
@@ -237,10 +235,9 @@ def pad_batch(rows, device):
     belongs to the completion.
     """
     tokens = pad_sequence([torch.tensor(prompt + completion) for prompt, completion in rows],
-                          batch_first=True)  # padded with 0; causal attention does not see it
-    column = torch.arange(tokens.shape[1])
-    mask = torch.stack([(column >= len(prompt)) & (column < len(prompt) + len(completion))
-                        for prompt, completion in rows])                      # [C6]
+                          batch_first=True)  # padded at the end: causal attention never sees it
+    mask = pad_sequence([torch.arange(len(prompt) + len(completion)) >= len(prompt)
+                         for prompt, completion in rows], batch_first=True)   # [C6]
     return tokens[:, :-1].to(device), tokens[:, 1:].to(device), mask[:, 1:].to(device)
 
 
@@ -251,15 +248,14 @@ class Completion(NamedTuple):
     finished: bool  # False if it was cut at C tokens
 
 
-def generate(sampler, tokenizer, examples, num_generations, temperature, generator, args):
-    """Sample G completions of each example's prompt, about --sampling-batch-size at a time."""
+def generate(sampler, tokenizer, examples, args, greedy=False):
+    """Sample G completions of each example's prompt, or return one greedy completion of each."""
+    G, temperature = (1, 0.0) if greedy else (args.num_generations, args.temperature)
     prompts = [encode_prompt(example["prompt"], tokenizer) for example in examples]
-    size = max(args.sampling_batch_size // num_generations, 1)
-    completions = []
+    completions, size = [], max(args.sampling_batch_size // G, 1)
     for start in range(0, len(prompts), size):
-        completions += sample(
-            sampler, prompts[start:start + size], num_generations, args.max_completion_length,
-            temperature, tokenizer.stop_ids, generator)
+        completions += sample(sampler, prompts[start:start + size], G, args.max_completion_length,
+                              temperature, tokenizer.stop_ids)
     return completions
 
 
@@ -274,10 +270,10 @@ class Batch(NamedTuple):
     micro_batches: list  # pairs of slices: of rows, and of columns that are not all padding
 
 
-def generate_batch(sampler, tokenizer, examples, reward, generator, args):
+def generate_batch(sampler, tokenizer, examples, reward, args):
     """Sample and reward G completions of each example's prompt. Returns a Batch and metrics."""
-    G, device = args.num_generations, generator.device
-    completions = generate(sampler, tokenizer, examples, G, args.temperature, generator, args)
+    G, device = args.num_generations, args.device
+    completions = generate(sampler, tokenizer, examples, args)
     rewards = torch.tensor([float(reward(tokenizer.decode(completion.tokens), examples[i // G]))
                             for i, completion in enumerate(completions)]).view(-1, G)  # (B, G)
     # With --scale-rewards batch, advantages depend on the rewards of all processes.
@@ -298,11 +294,11 @@ def generate_batch(sampler, tokenizer, examples, reward, generator, args):
     batch = Batch(inputs, targets, mask, sampled_logprob[:, 1:].to(device),
                   advantage[order].to(device),
                   make_micro_batches(mask, [lengths[i] for i in order], args.micro_batch_size))
-    logprobs = torch.tensor([logprob for row in rows for logprob in row.logprobs])
     metrics = {"reward": rewards.mean(), "equal_groups": equal_rewards.float().mean(),
                "truncated": 1 - finished.float().mean(),
                "length": completion_mask.sum() / len(rows),
-               "entropy": -logprobs.mean()}  # an estimate, from the sampled tokens
+               # An estimate, from the sampled tokens.
+               "entropy": -batch.sampled_logprob.sum() / completion_mask.sum()}
     return batch, {name: all_gather(mean.view(1)).mean() for name, mean in metrics.items()}
 
 
@@ -313,7 +309,7 @@ def make_micro_batches(mask, lengths, size):
     its columns. Each process must run the same number of micro-batches, as FSDP forward passes
     involve all processes. So some reach into rows that are not trained, whose mask is empty.
     """
-    max_rows = int(all_reduce(mask.any(1).sum(), dist.ReduceOp.MAX))
+    max_rows = int(all_gather(mask.any(1).sum().view(1)).max())
     # A row of n tokens has n - 1 inputs and targets.
     return [(slice(start, min(start + size, max_rows)), slice(0, lengths[start] - 1))
             for start in range(0, max_rows, size)]
@@ -321,14 +317,13 @@ def make_micro_batches(mask, lengths, size):
 
 def update(model, reference, optimizer, batch, args):
     """Take --num-iterations gradient steps on the batch. Returns metrics."""
-    num_rows, num_tokens = all_reduce(torch.stack([batch.mask.any(1).sum(), batch.mask.sum()]))
+    num_rows, num_tokens = all_reduce_sum(torch.stack([batch.mask.any(1).sum(), batch.mask.sum()]))
     weight = token_weight(batch.mask, args.loss_type, num_rows, num_tokens,
                           args.max_completion_length)                             # (R, L)
     # π_old and π_ref are computed in the first iteration, in which π is still π_old.
     logprobs, old_logprobs, ref_logprobs = torch.zeros(3, *weight.shape, device=weight.device)
     loss_sum = torch.zeros((), device=weight.device)
-    grad_norm = torch.tensor(math.nan)
-    for iteration in range(args.num_iterations if batch.micro_batches else 0):
+    for iteration in range(args.num_iterations):
         optimizer.zero_grad()
         for part in batch.micro_batches:
             rows, _ = part
@@ -356,7 +351,7 @@ def update(model, reference, optimizer, batch, args):
                                              error_if_nonfinite=True)
         optimizer.step()
     metrics = update_metrics(batch, logprobs, old_logprobs, num_tokens, args)
-    return {"loss": all_reduce(loss_sum), "grad_norm": full_tensor(grad_norm)} | metrics
+    return {"loss": all_reduce_sum(loss_sum), "grad_norm": full_tensor(grad_norm)} | metrics
 
 
 def train(args, reward=None):
@@ -367,32 +362,30 @@ def train(args, reward=None):
     device = setup(args)
     reward = reward or (default_reward if args.model else exact_match)
     config, weights, tokenizer = load_model(args) if args.model else pretrain(args, device)
-    args, sample_example, heldout = load_examples(
+    sample_example, heldout = load_examples(
         args, tokenizer, config["max_position_embeddings"], reward)
+    eval_every = plan_evaluations(len(heldout), args)
     model = make_model(config, weights, device, args)
     reference = None
     if args.beta:  # with LoRA it shares the frozen weights of the model
         shared = dict(model.named_parameters()) if args.lora_rank else weights
         reference = make_model(config, shared, device, args, is_reference=True)
-    sampler = make_sampler(model, args)
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, args.learning_rate, weight_decay=0.0, fused=True)
     pretrained = None if args.model else weights  # to resume; a --model can be read again
     del weights
     with Logger(args, model, optimizer, pretrained) as log:  # --resume: loads model and optimizer
-        update_sampler(sampler, model)
-        if log.before is None:  # else --resume has restored it
-            log.before = evaluate(sampler, tokenizer, heldout, reward, args)
-        print_evaluation("before", *log.before)
+        sampler = make_sampler(model, args)
+        result = evaluate(sampler, tokenizer, heldout, reward, args)
+        print_evaluation(log.step, *result)
         while not log.stopped() and log.step < args.max_steps:
             start = time.perf_counter()
             warmup = min((log.step + 1) / max(args.warmup_ratio * args.max_steps, 1), 1)
             optimizer.param_groups[0]["lr"] = args.learning_rate * warmup
             rng = random.Random(f"{args.seed} {log.step}")  # the same in all processes
             examples = [sample_example(rng) for _ in range(args.batch_size)]      # [C8]
-            generator = torch.Generator(device).manual_seed(rng.randrange(2**31) + get_rank())
-            batch, metrics = generate_batch(
-                sampler, tokenizer, local_rows(examples), reward, generator, args)
+            torch.manual_seed(rng.randrange(2**31) + get_rank())
+            batch, metrics = generate_batch(sampler, tokenizer, local_rows(examples), reward, args)
             sampled_at = time.perf_counter()
             metrics |= update(model, reference, optimizer, batch, args)
             update_sampler(sampler, model)
@@ -401,14 +394,14 @@ def train(args, reward=None):
             num_tokens = metrics["trained_tokens"] * args.num_iterations
             metrics["update_tokens_per_second"] = num_tokens / (time.perf_counter() - sampled_at)
             log.step += 1
-            if log.step % args.eval_every == 0 or log.step == args.max_steps:
-                log.score, transcripts = evaluate(sampler, tokenizer, heldout, reward, args)
+            if log.step % eval_every == 0 or log.step == args.max_steps:
+                result = evaluate(sampler, tokenizer, heldout, reward, args)
+                log.score, transcripts = result
                 log.write_transcripts(transcripts)
             log.write(**metrics)
-    after = evaluate(sampler, tokenizer, heldout, reward, args)
     if args.model:
         save_model(log.dir / "model", model, tokenizer)
-    print_evaluation("after", *after)
+    print_evaluation(log.step, *result)
     if dist.is_initialized():
         dist.barrier()  # no process may leave before the others are done
         dist.destroy_process_group()
@@ -433,8 +426,8 @@ def update_metrics(batch, logprobs, old_logprobs, num_tokens, args):
     gap = (old_logprobs - batch.sampled_logprob).abs() * batch.mask
     values = {"approx_kl": log_ratio.exp() - 1 - log_ratio, "clip_fraction": outside * batch.mask,
               "sampler_gap_mean": gap}
-    metrics = {name: all_reduce(value.sum()) / num_tokens for name, value in values.items()}
-    return metrics | {"sampler_gap_max": all_reduce(gap.max(), dist.ReduceOp.MAX),
+    metrics = {name: all_reduce_sum(value.sum()) / num_tokens for name, value in values.items()}
+    return metrics | {"sampler_gap_max": all_gather(gap.max().view(1)).max(),
                       "trained_tokens": num_tokens}
 
 
@@ -442,13 +435,12 @@ def update_metrics(batch, logprobs, old_logprobs, num_tokens, args):
 
 
 @torch.no_grad()
-def sample(model, prompts, num_generations, max_completion_length, temperature, stop_ids,
-           generator):
+def sample(model, prompts, num_generations, max_completion_length, temperature, stop_ids):
     """Sample G completions of each prompt, a list of token ids; temperature 0 is greedy.
 
     Returns a list of B G Completions; those of a prompt are next to each other.
     """
-    device = generator.device
+    device = model.output_weight().device
     stop_ids = torch.tensor(stop_ids, device=device)
     prompt_length = torch.tensor([len(prompt) for prompt in prompts], device=device)
     prompt_tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
@@ -467,7 +459,7 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
     for t in range(max_completion_length):
         logits = F.linear(hidden, model.output_weight()).float()
         logprob = (logits / (temperature or 1.0)).log_softmax(-1)                 # [C7]
-        token = choose_token(logprob, temperature, generator)
+        token = choose_token(logprob, temperature)
         tokens[active, t] = token
         logprobs[active, t] = logprob.gather(1, token.unsqueeze(1)).squeeze(1)
         finished[active] |= torch.isin(token, stop_ids)
@@ -480,20 +472,20 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
         hidden = model(token.unsqueeze(1), cache)[:, 0]
     # Until they are dropped, rows go on after their stop token: cut them there.
     first_stop = torch.isin(tokens, stop_ids).int().argmax(1)
-    length = torch.where(finished, first_stop + 1, max_completion_length).tolist()
-    prompt_of_row, tokens, logprobs, finished = (
-        tensor.tolist() for tensor in (prompt_of_row, tokens, logprobs, finished))
-    return [Completion(prompts[prompt_of_row[row]], tokens[row][:length[row]],
-                       logprobs[row][:length[row]], finished[row]) for row in range(num_rows)]
+    length = torch.where(finished, first_stop + 1, max_completion_length)
+    rows = zip(prompt_of_row.tolist(), tokens.tolist(), logprobs.tolist(), length.tolist(),
+               finished.tolist())
+    return [Completion(prompts[i], row[:n], logprob[:n], done)
+            for i, row, logprob, n, done in rows]
 
 
-def choose_token(logprob, temperature, generator):
+def choose_token(logprob, temperature):
     """Draw a token for each row, (R,), from logprob (R, V)."""
     if temperature == 0:
         return logprob.argmax(-1)
     # If E_i is exponential with rate 1, the i with the smallest E_i / p_i has probability p_i.
     # Unlike torch.multinomial this does not wait for the GPU.
-    noise = torch.empty_like(logprob).exponential_(generator=generator)
+    noise = torch.empty_like(logprob).exponential_()
     return (logprob.exp() / noise).argmax(-1)
 
 
@@ -518,11 +510,6 @@ class Cache:
         """Keep these rows (R',), in this order; a row may occur several times."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.prompt_length = self.prompt_length[rows]
-
-    def position(self):
-        """Return the position of the next token of each row, (R, 1)."""
-        num_generated = self.used - self.num_prompt_columns
-        return self.prompt_length.unsqueeze(1) + num_generated
 
     def attend(self, layer, q, k, v):
         """Store k and v (R, heads, L, E) and return the attention of q to all that is stored."""
@@ -555,7 +542,6 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.rank = rank
         if rank:
-            self.weight.requires_grad_(False)
             self.lora_a = nn.Parameter(torch.empty(rank, in_features))
             self.lora_b = nn.Parameter(torch.zeros(out_features, rank))
 
@@ -650,12 +636,10 @@ class Decoder(nn.Module):
         if rank:
             for name, param in self.named_parameters():
                 param.requires_grad_("lora_" in name)
-        self.register_buffer("frequency", frequencies(config), persistent=False)
 
     def output_weight(self):
         """Return the weight (V, D) of the layer that computes the logits from hidden states."""
-        tied = self.config["tie_word_embeddings"]
-        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+        return getattr(self, "lm_head", self.model.embed_tokens).weight
 
     def forward(self, tokens, cache=None):
         """Compute the last hidden states (R, L, D) of right-padded rows of tokens (R, L).
@@ -663,9 +647,10 @@ class Decoder(nn.Module):
         With a cache, the first call takes the prompts, each later one the next token of each row.
         """
         position = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-        if cache and cache.used:
-            position = cache.position()
-        angle = position[:, None, :, None] * self.frequency                       # (., 1, L, E/2)
+        if cache and cache.used:  # the next token of each row
+            position = (cache.prompt_length + cache.used - cache.num_prompt_columns).unsqueeze(1)
+        frequency = frequencies(self.config, tokens.device)
+        angle = position[:, None, :, None] * frequency                            # (., 1, L, E/2)
         rotation = angle.cos(), angle.sin()
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.model.embed_tokens(tokens).float()
@@ -680,10 +665,10 @@ class Decoder(nn.Module):
         return x.bfloat16() if self.bf16 else x
 
 
-def frequencies(config):
+def frequencies(config, device):
     """Compute the rotary frequencies of a head, (E/2,), in radians per position."""
     rope, size = config["rope"], config["head_dim"]
-    frequency = rope["rope_theta"] ** -(torch.arange(0, size, 2, device="cpu").float() / size)
+    frequency = rope["rope_theta"] ** -(torch.arange(0, size, 2, device=device).float() / size)
     if rope["rope_type"] == "llama3":  # low frequencies are scaled down, for long contexts
         turns = frequency * rope["original_max_position_embeddings"] / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -697,12 +682,11 @@ def frequencies(config):
 
 def read_config(config, folder):
     """Fill in the defaults of a config.json; exit if Decoder does not support the model."""
-    kind, heads = config.get("model_type"), config.get("num_attention_heads", 1)
     rope = {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default"}
     rope |= config.get("rope_scaling") or {}
     rope |= config.get("rope_parameters") or {}
     rope["rope_type"] = rope.get("type", rope["rope_type"])
-    found = rope | config | {"model_type": kind}
+    found = {"model_type": None} | rope | config
     if "sliding_attention" in (config.get("layer_types") or []):
         found["use_sliding_window"] = True
     supported = {"model_type": ["llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"],
@@ -712,8 +696,8 @@ def read_config(config, folder):
         if found.get(name, values[0]) not in values:
             raise SystemExit(f"--model {folder}: config.json: {name} {found[name]} is not "
                              "supported; dense Llama, Qwen2 and Qwen3 models are")
-    head_dim = config.get("head_dim") or (
-        128 if kind == "qwen3" else config["hidden_size"] // heads)
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
     defaults = {"num_key_value_heads": heads, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
                 "max_position_embeddings": 2048}
     return defaults | config | {"head_dim": head_dim, "rope": rope}
@@ -790,7 +774,6 @@ def make_model(config, weights, device, args, is_reference=False):
         # Training changes the weights in place, so it needs a copy.
         new_weights[name] = weight.clone() if param.requires_grad else weight
     model.load_state_dict(new_weights, assign=True)
-    model.frequency = frequencies(config).to(device)
     if args.compile:
         for block in model.model.layers:
             block.compile(dynamic=True)
@@ -812,7 +795,6 @@ def make_sampler(model, args):
         dtype = torch.bfloat16 if args.bf16 and "norm" not in name else torch.float32
         weights[name] = full_tensor(param).to(dtype, copy=True)
     sampler.load_state_dict(weights, assign=True)
-    sampler.frequency = model.frequency
     return sampler
 
 
@@ -866,9 +848,6 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 class Tokenizer:
     """The tokenizer, chat template and stop tokens of a Hugging Face folder."""
-
-    files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-             "generation_config.json", "chat_template.jinja")
 
     def __init__(self, folder, template_kwargs):
         import tokenizers
@@ -939,7 +918,8 @@ class Tokenizer:
         return self.tokenizer.decode(tokens, skip_special_tokens)
 
     def save(self, folder):
-        for name in self.files:
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                     "generation_config.json", "chat_template.jinja"):
             if (self.folder / name).exists():
                 shutil.copy(self.folder / name, folder)
 
@@ -985,7 +965,7 @@ def encode_prompt(prompt, tokenizer):
 
 
 def load_examples(args, tokenizer, context_length, reward):
-    """Return args with planned evaluations, a function that draws an example, held-out examples.
+    """Return a function that draws an example to learn from, and the held-out examples.
 
     An example is a row of --data. No prompt is in both parts.
     """
@@ -995,8 +975,8 @@ def load_examples(args, tokenizer, context_length, reward):
                          f"prompt, as --max-length is {args.max_length} and the model has "
                          f"{context_length} positions")
     if not args.data:
-        args, rng = plan_evaluations(args, 10_000), random.Random("held out")
-        return args, addition, [addition(rng, held_out=True) for _ in range(args.eval_prompts)]
+        rng = random.Random("held out")
+        return addition, [addition(rng, held_out=True) for _ in range(args.eval_prompts)]
 
     def check(row):
         if reward is default_reward:
@@ -1009,20 +989,18 @@ def load_examples(args, tokenizer, context_length, reward):
     # Sorted by split_hash, which is random but equal for equal prompts, held-out rows come first.
     rows = sorted(read_rows(args.data, check, args.skip_bad_rows),
                   key=lambda row: split_hash(row["prompt"]))
-    args = plan_evaluations(args, len(rows))
-    limit = split_hash(rows[args.eval_prompts - 1]["prompt"])
+    limit = split_hash(rows[max(min(args.eval_prompts, len(rows) // 10), 1) - 1]["prompt"])
     heldout = [row for row in rows if split_hash(row["prompt"]) <= limit]
     train_rows = rows[len(heldout):]
     if not train_rows:
         raise SystemExit(f"--data {args.data}: needs two different prompts, as one is held out")
     if get_rank() == 0:
-        print(f"{len(train_rows)} prompts to learn from, {len(heldout)} held out; {args.max_steps} "
-              f"batches of {args.batch_size} prompts, an evaluation every {args.eval_every}")
+        print(f"{len(train_rows)} prompts to learn from, {len(heldout)} held out")
         prompt = encode_prompt(train_rows[0]["prompt"], tokenizer)
         print(f"A prompt as the model sees it:\n{tokenizer.decode(prompt, False)}")
         if tokenizer.template_source and not tokenizer.template:
             print("All prompts are texts: the chat template of the model is not used.")
-    return args, lambda rng: rng.choice(train_rows), heldout
+    return lambda rng: rng.choice(train_rows), heldout
 
 
 def check_answer(answer, tokenizer, max_completion_length):
@@ -1034,36 +1012,46 @@ def check_answer(answer, tokenizer, max_completion_length):
         raise ValueError(f"`answer` has {length} tokens; 1 to {max_completion_length} are possible")
 
 
-def plan_evaluations(args, num_rows):
-    """Fill in --eval-prompts and --eval-every where they are 0: at most about 10 % of the time.
-
-    A batch takes about 2.5 times as long as generating its completions. There are at most 20
-    evaluations, and one before and one after training.
-    """
-    num_trained = args.max_steps * args.batch_size * args.num_generations
-    budget = 0.1 * 2.5 * num_trained  # completions of all evaluations
-    num_prompts = args.eval_prompts or int(min(256, budget / 6))
-    num_prompts = max(min(num_prompts, num_rows // 10), 1)
-    num_evaluations = max(min(budget / num_prompts - 2, 20), 1)
-    every = args.eval_every or math.ceil(args.max_steps / num_evaluations)
-    return replace(args, eval_prompts=num_prompts, eval_every=every)
+def plan_evaluations(num_heldout, args):
+    """Return the number of batches between evaluations, and print what is planned."""
+    # A batch takes about 2.5 times as long as generating its completions. For 10 % of the time:
+    # num_heldout = 0.1 * 2.5 * eval_every * batch_size * num_generations
+    eval_every = args.eval_every or math.ceil(
+        num_heldout / (0.1 * 2.5 * args.batch_size * args.num_generations))
+    if get_rank() == 0:
+        print(f"{args.max_steps} batches of {args.batch_size} prompts, an evaluation on "
+              f"{num_heldout} held-out prompts every {eval_every} batches")
+    return eval_every
 
 
 def read_rows(path, check, skip_bad_rows):
-    """Return check(row) of all rows (dicts) of a file.
+    """Return check(row) of all rows (dicts) of a file: JSON lines or a JSON array.
 
     check raises ValueError for a bad row, which ends the run, or is counted if skip_bad_rows.
     It returns None for a row that is too long.
     """
+    opener = gzip.open if str(path).endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            text = file.read()
+        is_array = text.lstrip().startswith("[")
+        items = json.loads(text) if is_array else text.split("\n")
+    except (OSError, EOFError, ValueError) as error:
+        raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
     rows, bad = [], Counter()
-    for place, row in read_json(Path(path)):
+    for number, row in enumerate(items, 1):
+        if isinstance(row, str) and not row.strip():  # an empty line
+            continue
         try:
+            with contextlib.suppress(ValueError):  # else it stays a text, which is refused
+                row = row if is_array else json.loads(row)
             if not isinstance(row, dict):
                 raise ValueError("not a JSON object; expected JSON lines or a JSON array")
             rows.append(check(row))
         except ValueError as error:
             if not skip_bad_rows:
-                raise SystemExit(f"--data {path}, {place}: {error}") from error
+                place = "item" if is_array else "line"
+                raise SystemExit(f"--data {path}, {place} {number}: {error}") from error
             bad[str(error)] += 1
     used = [row for row in rows if row is not None]
     if get_rank() == 0:
@@ -1074,30 +1062,6 @@ def read_rows(path, check, skip_bad_rows):
     if not used:
         raise SystemExit(f"--data {path}: no rows that can be used")
     return used
-
-
-def read_json(path):
-    """Yield the place and the value of each line of JSON lines, or of each item of a JSON array."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            is_array = file.read(100).lstrip().startswith("[")
-            file.seek(0)
-            if is_array:
-                yield from ((f"item {n}", row) for n, row in enumerate(json.load(file), 1))
-            else:
-                yield from ((f"line {n}", parse_json(line))
-                            for n, line in enumerate(file, 1) if line.strip())
-    except (OSError, EOFError, ValueError) as error:
-        raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
-
-
-def parse_json(line):
-    """Return the value of a line of JSON, None if it is not JSON."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 # --- The reward ---
@@ -1147,12 +1111,10 @@ def final_answer(text):
 
 def parse_number(text):
     """Return the value of a number, such as -1,000.50 or 5/2, as a Fraction; None if it is none."""
-    if len(text) > 30 or not NUMBER.fullmatch(text):
-        return None
-    numerator, _, denominator = text.replace(",", "").partition("/")
     try:
-        return Fraction(numerator) / Fraction(denominator or 1)
-    except ZeroDivisionError:
+        is_number = len(text) <= 30 and NUMBER.fullmatch(text)
+        return Fraction(text.replace(",", "")) if is_number else None
+    except (ValueError, ZeroDivisionError):  # such as 1.5/2 and 5/0
         return None
 
 
@@ -1189,11 +1151,9 @@ def addition(rng, held_out=False):
 
 def tiny_config(vocab_size):
     """Return the config of a GPT with a quarter of a million parameters."""
-    return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocab_size,
-            "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 64, "tie_word_embeddings": True, "bos_token_id": None,
-            "eos_token_id": 0, "pad_token_id": 0}
+    return {"model_type": "llama", "vocab_size": vocab_size, "hidden_size": 96,
+            "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "max_position_embeddings": 64, "tie_word_embeddings": True}
 
 
 def pretrain(args, device):
@@ -1211,8 +1171,9 @@ def pretrain(args, device):
             nn.init.normal_(param, std=0.1)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=True)
     rng = random.Random(f"pretrain {args.seed}")
-    disable = None if get_rank() == 0 else True  # None: the bar is shown only in a terminal
-    for step in tqdm(range(args.pretrain_steps), "pretraining", leave=False, disable=disable):
+    bar = tqdm(range(args.pretrain_steps), "pretraining", leave=False,
+               disable=get_rank() > 0 or None)  # None: shown in a terminal only
+    for step in bar:
         remaining = 1 - step / args.pretrain_steps
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 3 * remaining)
         examples = [addition(rng) for _ in range(256)]
@@ -1240,7 +1201,7 @@ def default_args(model="", preset="default", lora_rank=0, **overrides):
         bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         values |= {"batch_size": 32, "max_completion_length": 256, "micro_batch_size": 8,
                    "learning_rate": 1e-4 if lora_rank else 2e-6, "bf16": bf16,
-                   "warmup_ratio": 0.1, "eval_every": 0, "eval_prompts": 0}
+                   "warmup_ratio": 0.1, "eval_every": 0}
     return Args(**values | overrides)
 
 
@@ -1282,8 +1243,9 @@ def setup(args):
         json.loads(args.chat_template_kwargs).items()
     except (ValueError, AttributeError) as error:
         raise SystemExit("--chat-template-kwargs: expected a JSON object") from error
-    if args.num_generations < 2 or args.temperature <= 0:
-        raise SystemExit("--num-generations must be at least 2, --temperature above 0")
+    if args.num_generations < 2 or args.temperature <= 0 or args.eval_prompts < 1:
+        raise SystemExit("--num-generations must be at least 2, --temperature and --eval-prompts "
+                         "above 0")
     torch.manual_seed(args.seed)  # the same weights in all processes
     return device
 
@@ -1293,11 +1255,11 @@ def get_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """Return the sum, or the maximum, of the tensors of all processes."""
+def all_reduce_sum(tensor):
+    """Return the sum of the tensors of all processes."""
     if dist.is_initialized():
         tensor = tensor.clone()
-        dist.all_reduce(tensor, op)
+        dist.all_reduce(tensor)
     return tensor
 
 
@@ -1312,9 +1274,7 @@ def all_gather(tensor):
 
 def local_rows(rows):
     """Return this process's share of rows that are the same in all processes."""
-    if not dist.is_initialized():
-        return rows
-    return rows[dist.get_rank()::dist.get_world_size()]
+    return rows[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else rows
 
 
 # --- Evaluation and logging ---
@@ -1323,8 +1283,7 @@ def local_rows(rows):
 def evaluate(sampler, tokenizer, examples, reward, args):
     """Return the mean reward of a greedy completion of each example, and some of them (dicts)."""
     examples = local_rows(examples)
-    generator = torch.Generator(args.device)  # not used, as greedy completions are not random
-    completions = generate(sampler, tokenizer, examples, 1, 0.0, generator, args)
+    completions = generate(sampler, tokenizer, examples, args, greedy=True)
     texts = [tokenizer.decode(completion.tokens) for completion in completions]
     rewards = [float(reward(text, example)) for text, example in zip(texts, examples)]
     transcripts = [{"prompt": example["prompt"], "completion": text, "reward": value}
@@ -1332,11 +1291,11 @@ def evaluate(sampler, tokenizer, examples, reward, args):
     return all_gather(torch.tensor(rewards)).mean().item(), transcripts[:3]
 
 
-def print_evaluation(name, mean_reward, transcripts):
-    """Print the result of evaluate, before or after training."""
+def print_evaluation(step, mean_reward, transcripts):
+    """Print the result of evaluate."""
     if get_rank() > 0:
         return
-    print(f"{name} training: mean reward {mean_reward:.3f} on held-out prompts (greedy)")
+    print(f"after {step} batches: mean reward {mean_reward:.3f} on held-out prompts (greedy)")
     for transcript in transcripts:
         print(f"  {transcript['prompt']!r}: {transcript['completion']!r:.300}")
     if mean_reward == 0:
@@ -1349,33 +1308,31 @@ def load_checkpoint(folder):
     return torch.load(Path(folder) / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
 
 
-PROGRESS = ("step", "seconds", "score", "before")  # of Logger, in a checkpoint
+PROGRESS = ("step", "seconds", "score")  # of Logger, in a checkpoint
 
 
 class Logger:
     """Writes the run's folder (args.json, metrics.csv, transcripts.jsonl, checkpoint.pt), the
     progress bar and wandb.
 
-    With --resume it loads the model, the optimizer and the progress. before: the evaluation before
-    training. pretrained: the weights before GRPO, for the checkpoint.
+    With --resume it loads the model, the optimizer and the progress. pretrained: the weights before
+    GRPO, for the checkpoint.
     """
 
     def __init__(self, args, model, optimizer, pretrained):
         self.args, self.model, self.optimizer, self.pretrained = args, model, optimizer, pretrained
-        self.step, self.seconds, self.score, self.before = 0, 0.0, math.nan, None
+        self.step, self.seconds, self.score = 0, 0.0, math.nan
         self.wandb, self.interrupted = None, False
         task = Path(args.data).stem or "addition"
-        name = [f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
-        if dist.is_initialized():
-            dist.broadcast_object_list(name)  # the clocks may differ
-        self.dir = Path(args.resume or args.run_dir or f"runs/{name[0]}")
+        name = f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.dir = Path(args.resume or args.run_dir or f"runs/{name}")  # used by process 0
         if args.resume:
             self.load()
         elif get_rank() == 0 and (self.dir / "checkpoint.pt").exists():
             raise SystemExit(f"--run-dir {self.dir}: holds a run already; choose another folder")
         self.start, self.saved_at = time.perf_counter() - self.seconds, time.perf_counter()
         self.bar = tqdm(total=args.max_steps, initial=self.step, unit=" batches",
-                        disable=None if get_rank() == 0 else True)
+                        disable=get_rank() > 0 or None)
         self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
         if get_rank() > 0:
             return
@@ -1400,14 +1357,9 @@ class Logger:
 
     def stopped(self):
         """Whether the score has reached --stop-at, or Ctrl-C was pressed, in any process."""
-        self.interrupted = self.any_process(self.interrupted)
+        self.interrupted = all_gather(torch.tensor([self.interrupted])).any().item()
         reached = self.args.stop_at is not None and self.score >= self.args.stop_at
         return reached or self.interrupted
-
-    def any_process(self, condition):
-        """Whether the condition is true in any of the processes."""
-        condition = torch.tensor(float(condition), device=self.args.device)
-        return all_reduce(condition, dist.ReduceOp.MAX).item() > 0
 
     def write(self, **metrics):
         """Log one batch; save a checkpoint from time to time."""
@@ -1422,8 +1374,8 @@ class Logger:
             print(*row.values(), sep=",", file=self.csv)
             if self.wandb:
                 self.wandb.log(row, step=self.step)
-        waited = time.perf_counter() - self.saved_at
-        if self.any_process(get_rank() == 0 and waited >= self.args.checkpoint_seconds):
+        waited = all_gather(torch.tensor([time.perf_counter() - self.saved_at]))
+        if waited[0] >= self.args.checkpoint_seconds:  # by the clock of the first process
             self.save()
 
     def write_transcripts(self, transcripts):

@@ -195,7 +195,7 @@ def grpo_speed(run, name, sizes, prompts, **flags):
     model, optimizer, tokenizer = load(grpo, args)
     sampler = grpo.make_sampler(model, args)
     examples = [{"prompt": prompt, "answer": ""} for prompt in prompts]
-    generator = torch.Generator(run.device).manual_seed(0)
+    torch.manual_seed(0)
     sampling, update = [], []
 
     def learn(batch):
@@ -205,7 +205,7 @@ def grpo_speed(run, name, sizes, prompts, **flags):
     for _ in range(sizes["steps"]):
         (batch, _), seconds = run.seconds_of(
             grpo.generate_batch, sampler, tokenizer, examples,
-            lambda text, example: text_reward(text), generator, args)
+            lambda text, example: text_reward(text), args)
         sampling.append(seconds)
         _, seconds = run.seconds_of(learn, batch)
         update.append(seconds)

@@ -222,10 +222,10 @@ def check_sampling(run):
     import ppo
 
     exact_float32()
-    generator = torch.Generator(run.device).manual_seed(0)
+    torch.manual_seed(0)
     logprob = torch.linspace(0, 3, 50, device=run.device).log_softmax(0)
     many = logprob.expand(100_000, 50)
-    draws = {"grpo": grpo.choose_token(many, 1.0, generator),
+    draws = {"grpo": grpo.choose_token(many, 1.0),
              "ppo": ppo.MultiCategorical(many, [50]).sample()}
     for name, tokens in draws.items():
         run.check(f"{name} frequencies of 100,000 draws, in deviations of χ²",
@@ -233,8 +233,7 @@ def check_sampling(run):
     rng = random.Random(0)
     prompts = [random_tokens(rng, length) for length in (5, 9, 14)]
     args = grpo.default_args(device=run.device)
-    completions = grpo.sample(small_model(grpo, args, run.device, 0), prompts, 4, 24, 1.0, [0],
-                              generator)
+    completions = grpo.sample(small_model(grpo, args, run.device, 0), prompts, 4, 24, 1.0, [0])
     rows = [(completion.prompt, completion.tokens) for completion in completions]
     model = small_model(grpo, args, "cpu", 0)
     logprob = grpo.token_logprobs(model, *grpo.pad_batch(rows, "cpu")).detach()

@@ -69,9 +69,9 @@ def step_ours(model, bf16, steps):
     for step in range(steps):
         start = time.perf_counter()
         grpo.update_sampler(sampler, policy)
-        rng = torch.Generator().manual_seed(step)
+        torch.manual_seed(step)
         batch, _ = grpo.generate_batch(sampler, tokenizer, examples,
-                                       lambda text, example: worth(text), rng, args)
+                                       lambda text, example: worth(text), args)
         grpo.update(policy, None, optimizer, batch, args)
         seconds.append(time.perf_counter() - start)
     return seconds
@@ -145,7 +145,7 @@ def default_rows():
                 [sys.executable, HERE.parent / "grpo.py", "--seed", str(seed), "--run-dir",
                  f"{folder}/run"], check=True, capture_output=True, text=True)
             seconds = time.perf_counter() - start
-        figures = re.findall(r"training: mean reward ([0-9.]+)", done.stdout)
+        figures = re.findall(r"batches: mean reward ([0-9.]+)", done.stdout)
         print(f"seed {seed}: {seconds:.0f} s, {figures}", flush=True)
         yield dict(zip(RESULTS, [seed, round(seconds, 1), *map(float, figures)]))
 

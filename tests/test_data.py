@@ -341,7 +341,7 @@ def arguments(**changes):
 
 def test_prompts_reach_the_reward_with_all_columns(chatml, tmp_path, capsys):
     args = arguments(data=str(DATA / "questions.jsonl"), eval_prompts=1)
-    args, draw, heldout = grpo.load_examples(args, chatml, 500, grpo.default_reward)
+    draw, heldout = grpo.load_examples(args, chatml, 500, grpo.default_reward)
     rows = [json.loads(line) for line in (DATA / "questions.jsonl").read_text().splitlines()]
     drawn = [draw(random.Random(i)) for i in range(50)]
     assert len(heldout) == 1 and all(row in rows for row in drawn + heldout)
@@ -355,7 +355,7 @@ def test_only_the_default_reward_needs_answers(chatml, tmp_path):
     args = arguments(data=str(path), eval_prompts=1)
     with pytest.raises(SystemExit, match="line 1: `answer` must be"):
         grpo.load_examples(args, chatml, 500, grpo.default_reward)
-    assert len(grpo.load_examples(args, chatml, 500, len)[2]) == 1
+    assert len(grpo.load_examples(args, chatml, 500, len)[1]) == 1
 
 
 @pytest.mark.parametrize("answer, words", [
@@ -422,20 +422,26 @@ def test_long_completions_are_judged_quickly(text):
 
 
 def test_evaluations_take_a_tenth_of_a_run():
-    """Counted in completions, a trained one as 2.5, the two summaries as four evaluations."""
-    for steps, batch, rows in ((1000, 32, 8000), (100, 8, 400), (2000, 4, 60), (50, 16, 100_000)):
-        args = grpo.plan_evaluations(
-            arguments(max_steps=steps, batch_size=batch, num_generations=8), rows)
-        cost = args.eval_prompts * (2 + steps // args.eval_every)
-        assert cost <= 0.11 * 2.5 * steps * batch * 8
-        assert args.eval_prompts <= min(256, rows // 10) and steps // args.eval_every <= 20
-        assert args.eval_prompts == 256 or cost > 0.03 * 2.5 * steps * batch * 8 or rows < 100
-    tiny = grpo.default_args(eval_every=0, eval_prompts=0)
-    args, _, heldout = grpo.load_examples(tiny, grpo.Characters(), 64, grpo.exact_match)
-    assert len(heldout) == args.eval_prompts == 256 and args.eval_every == 15
-    args = grpo.plan_evaluations(arguments(eval_prompts=7, eval_every=3), 1000)
-    assert (args.eval_prompts, args.eval_every) == (7, 3)
-    assert grpo.plan_evaluations(arguments(eval_prompts=7), 40).eval_prompts == 4
+    """Counted in completions, a trained one as 2.5."""
+    for batch, num_heldout in ((32, 256), (8, 40), (4, 6), (16, 1), (1, 256)):
+        args = arguments(batch_size=batch, num_generations=8, eval_every=0)
+        every = grpo.plan_evaluations(num_heldout, args)
+        share = num_heldout / (every * 2.5 * batch * 8)
+        assert share <= 0.1 and (every == 1 or share > 0.05)
+    assert grpo.plan_evaluations(256, arguments(eval_every=3)) == 3
+
+
+def test_at_most_a_tenth_of_the_prompts_is_held_out(chatml, tmp_path):
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(f'{{"prompt": "{n}", "answer": 1}}\n' for n in range(40)))
+    for wanted, expected in ((256, 4), (2, 2)):
+        args = arguments(data=str(path), eval_prompts=wanted)
+        draw, heldout = grpo.load_examples(args, chatml, 300, lambda text, row: 0)
+        assert len(heldout) == expected
+        assert not {row["prompt"] for row in heldout} & {
+            draw(random.Random(n))["prompt"] for n in range(200)}
+    _, heldout = grpo.load_examples(grpo.Args(), grpo.Characters(), 64, grpo.exact_match)
+    assert len(heldout) == 256
 
 
 # Batches and step sizes of DPO

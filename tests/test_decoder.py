@@ -153,7 +153,7 @@ def test_greedy_completions_equal_transformers(family, tmp_path):
     peer = write(tmp_path, family)
     model, _ = load(grpo, tmp_path)
     prompts = [[4, 8, 15], [16, 23], [7] * 9]
-    rows = grpo.sample(model, prompts, 1, 30, 0.0, [3], torch.Generator())
+    rows = grpo.sample(model, prompts, 1, 30, 0.0, [3])
     for row, prompt in zip(rows, prompts):
         out = peer.generate(
             torch.tensor([prompt]),
@@ -365,7 +365,7 @@ def test_small_real_model(smollm2):
         expected = peer(tokens).logits
         torch.testing.assert_close(logits(model, tokens), expected, atol=1e-3, rtol=1e-3)
         out = peer.generate(tokens, max_new_tokens=24, do_sample=False)[0, len(prompt) :].tolist()
-    rows = grpo.sample(model, [prompt, prompt[:20]], 1, 24, 0.0, text.stop_ids, torch.Generator())
+    rows = grpo.sample(model, [prompt, prompt[:20]], 1, 24, 0.0, text.stop_ids)
     assert rows[0].tokens == out
 
 
@@ -398,5 +398,5 @@ def test_three_steps_of_a_small_real_model(smollm2, tmp_path):
         tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)["input_ids"]
     )
     out = peer.generate(tokens, max_new_tokens=8, do_sample=False)[0, tokens.shape[1] :].tolist()
-    rows = grpo.sample(model, tokens.tolist(), 1, 8, 0.0, text.stop_ids, torch.Generator())
+    rows = grpo.sample(model, tokens.tolist(), 1, 8, 0.0, text.stop_ids)
     assert rows[0].tokens == out

@@ -78,8 +78,7 @@ def recorded_batch(prompts, completions, rewards, args, sampled=None, finished=N
     tokenizer, values = SimpleNamespace(decode=str), iter(rewards)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "generate", lambda *_: rows)
-        return grpo.generate_batch(None, tokenizer, prompts, lambda *_: next(values),
-                                   torch.Generator(), args)
+        return grpo.generate_batch(None, tokenizer, prompts, lambda *_: next(values), args)
 
 
 def random_rows(seed=0, num_prompts=3, generations=4):
@@ -583,7 +582,7 @@ def test_compile_changes_nothing():
         torch.testing.assert_close(gradient(model, batch, args)[0], expected, atol=1e-5, rtol=1e-3)
     assert all(block._compiled_call_impl is not None for block in model.model.layers)
     sampler = grpo.make_sampler(model, args)
-    rows, others = (grpo.sample(m, [[1, 2, 3], [4]], 3, 20, 1.0, [0], generator(1))
+    rows, others = (seeded_sample(1, m, [[1, 2, 3], [4]], 3, 20, 1.0, [0])
                     for m in (sampler, plain))
     assert [row.tokens for row in rows] == [row.tokens for row in others]
 
@@ -591,8 +590,9 @@ def test_compile_changes_nothing():
 # Sampling
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+def seeded_sample(seed, *args):
+    torch.manual_seed(seed)
+    return grpo.sample(*args)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
@@ -600,7 +600,7 @@ def test_sampled_logprobs_equal_the_full_forward(kind):
     """Ragged prompts, shared key heads, rows that finish early and are dropped, 40 tokens."""
     model, temperature = tiny(vocabulary=23, model_type=kind), 0.9
     prompts = [[1, 2, 3, 4, 5, 6, 7], [3], [9, 9, 1]]
-    rows = grpo.sample(model, prompts, 20, 40, temperature, [0, 7], generator(3))
+    rows = seeded_sample(3, model, prompts, 20, 40, temperature, [0, 7])
     lengths = [len(row.tokens) for row in rows]
     assert len(rows) == 60 and min(lengths) < 16 < sorted(lengths)[-3]
     assert {row.tokens[-1] for row in rows if row.finished} == {0, 7}
@@ -618,7 +618,7 @@ def test_finished_rows_are_computed_no_further(monkeypatch):
     model, sizes, forward = tiny(), [], grpo.Decoder.forward
     monkeypatch.setattr(grpo.Decoder, "forward", lambda self, tokens, cache=None: (
         sizes.append(len(tokens)), forward(self, tokens, cache))[1])
-    rows = grpo.sample(model, [[1, 2], [3]], 16, 64, 1.0, [0, 7, 8], generator(1))
+    rows = seeded_sample(1, model, [[1, 2], [3]], 16, 64, 1.0, [0, 7, 8])
     lengths = [len(row.tokens) for row in rows]
     assert 16 < max(lengths) < 48  # so it ends early
     steps = -(-max(lengths) // 16) * 16
@@ -628,7 +628,7 @@ def test_finished_rows_are_computed_no_further(monkeypatch):
 
 def test_greedy_sampling_takes_the_likeliest_token():
     model, prompts = tiny(), [[1, 2, 3], [5]]
-    for row in grpo.sample(model, prompts, 1, 20, 0.0, [0], generator()):
+    for row in grpo.sample(model, prompts, 1, 20, 0.0, [0]):
         expected = []
         while len(expected) < 20 and (not expected or expected[-1] != 0):
             tokens = torch.tensor([[*row.prompt, *expected]])
@@ -638,7 +638,7 @@ def test_greedy_sampling_takes_the_likeliest_token():
 
 def test_sampling_frequencies_follow_the_softmax():
     model, n = tiny(), 40_000
-    rows = grpo.sample(model, [[4, 2]], n, 1, 0.8, [0], generator(5))
+    rows = seeded_sample(5, model, [[4, 2]], n, 1, 0.8, [0])
     share = torch.bincount(torch.tensor([row.tokens[0] for row in rows]), minlength=11) / n
     expected = torch.stack([plain_logprobs(model, [4, 2], [t], 0.8)[0].exp() for t in range(11)])
     assert ((share - expected).abs() < 4.5 * (expected * (1 - expected) / n).sqrt()).all()
@@ -646,14 +646,16 @@ def test_sampling_frequencies_follow_the_softmax():
 
 def test_tokens_with_no_probability_are_never_drawn():
     logprob = torch.tensor([0.625, 0.375, 0.0]).log().expand(10_000, 3)
-    token = grpo.choose_token(logprob, 1.0, generator(1))
+    torch.manual_seed(1)
+    token = grpo.choose_token(logprob, 1.0)
     share = torch.bincount(token, minlength=3) / 10_000
     assert share[2] == 0 and abs(share[0] - 0.625) < 0.02
 
 
 def test_sampling_depends_on_the_seed_alone():
     def draw(seed):
-        return grpo.sample(tiny(), [[1], [2, 3]], 4, 8, 1.0, [0], generator(seed))
+        model = tiny()
+        return seeded_sample(seed, model, [[1], [2, 3]], 4, 8, 1.0, [0])
 
     assert draw(1) == draw(1) and draw(1) != draw(2)
     groups = draw(1)[:4]
@@ -668,10 +670,10 @@ def test_sampling_batch_size_changes_only_how_many_run_at_once(monkeypatch):
         sizes.append(len(prompts)), sample(model, prompts, *rest))[1])
     for size in (1, 4, 1024):
         args = flags(sampling_batch_size=size)
-        results.append(grpo.generate(model, text, examples, 2, 0.0, generator(), args))
-    assert sizes == [1, 1, 1, 1, 1, 2, 2, 1, 5]
+        results.append(grpo.generate(model, text, examples, args, greedy=True))
+    assert sizes == [1, 1, 1, 1, 1, 4, 1, 5]
     tokens = [[(row.prompt, row.tokens) for row in rows] for rows in results]
-    assert tokens[0] == tokens[1] == tokens[2] and len(tokens[0]) == 10
+    assert tokens[0] == tokens[1] == tokens[2] and len(tokens[0]) == 5
 
 
 def moved(model, args, rows):
@@ -743,9 +745,9 @@ def seen_in_train(monkeypatch, function, args, reward=None):
     """Run train; return the arguments of every call of one of its functions, and its metrics."""
     real, calls = getattr(grpo, function), []
 
-    def watch(*arguments):
+    def watch(*arguments, **named):
         calls.append(arguments)
-        return real(*arguments)
+        return real(*arguments, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(grpo, function, watch)
@@ -823,8 +825,8 @@ def test_processes_get_different_prompts_and_random_numbers(monkeypatch, tmp_pat
     class Enough(Exception):
         pass
 
-    def stop(sampler, tokenizer, examples, reward, rng, args):
-        seen.append((examples, rng.initial_seed()))
+    def stop(sampler, tokenizer, examples, reward, args):
+        seen.append((examples, torch.initial_seed()))
         raise Enough
 
     def share(rows):
@@ -856,14 +858,14 @@ def test_what_train_asks_of_its_parts(monkeypatch, tmp_path):
     assert scores[0] != scores[0] and scores[1] == scores[2] and scores[1] == scores[1]
     args = dataclasses.replace(args, run_dir=str(tmp_path / "again"))
     evaluations, _ = seen_in_train(monkeypatch, "evaluate", args)
-    assert len(evaluations) == 4 and all(len(call[2]) == 16 for call in evaluations)
+    assert len(evaluations) == 3 and all(len(call[2]) == 16 for call in evaluations)
     generations, _ = seen_in_train(monkeypatch, "generate", dataclasses.replace(
         args, run_dir=str(tmp_path / "greedy")))
-    assert [call[4] for call in generations] == [0, 1, 1, 0, 1, 1, 0, 0]  # temperatures
+    greedy = [len(call[2]) == 16 for call in generations]
+    assert greedy == [True, False, False, True, False, False, True]
     batches, _ = seen_in_train(monkeypatch, "generate_batch",
                                dataclasses.replace(args, run_dir=str(tmp_path / "third")))
     assert len({json.dumps(call[2]) for call in batches}) == 4
-    assert len({call[4].initial_seed() for call in batches}) == 4
 
 
 def test_sampler_of_a_bf16_run_has_the_newest_weights(monkeypatch, tmp_path):
@@ -914,11 +916,11 @@ def test_teacher_forgets_to_carry():
 
 def test_held_out_prompts_are_never_trained_on():
     args = flags(eval_prompts=200)
-    _, draw, heldout = grpo.load_examples(args, grpo.Characters(), 64, grpo.exact_match)
+    draw, heldout = grpo.load_examples(args, grpo.Characters(), 64, grpo.exact_match)
     rng, unseen = random.Random(1), {e["prompt"] for e in heldout}
     assert len(heldout) == 200 and len(unseen) > 150
     assert not unseen & {draw(rng)["prompt"] for _ in range(3000)}
-    assert grpo.load_examples(args, grpo.Characters(), 64, grpo.exact_match)[2] == heldout
+    assert grpo.load_examples(args, grpo.Characters(), 64, grpo.exact_match)[1] == heldout
 
 
 @pytest.mark.slow
@@ -955,7 +957,7 @@ def test_completions_are_judged_by_their_own_example(monkeypatch):
         seen.append(float(int(completion) == int(example["answer"])))
         return seen[-1]
 
-    batch, metrics = grpo.generate_batch(None, text, examples[:5], reward, generator(), flags())
+    batch, metrics = grpo.generate_batch(None, text, examples[:5], reward, flags())
     assert seen == [1, 0, 1, 0] * 5 and metrics["reward"] == 0.5
     for row, mask, advantage in zip(batch.inputs, batch.mask, batch.advantage):
         right = text.decode(row.tolist())[:2] == text.decode(row.tolist())[3:5]
@@ -984,19 +986,19 @@ def data_file(tmp_path, *rows, **changes):
 def test_data_file_is_split_by_prompt(tmp_path):
     rows = [{"prompt": f"{i:02}+01=", "answer": i + 1} for i in range(50)]
     args = data_file(tmp_path, *rows, *rows[:5])
-    _, draw, heldout = grpo.load_examples(args, Numbers(), 64, grpo.default_reward)
+    draw, heldout = grpo.load_examples(args, Numbers(), 64, grpo.default_reward)
     unseen = {row["prompt"] for row in heldout}
     assert 3 <= len(unseen) <= 10
     trained = {draw(random.Random(i))["prompt"] for i in range(1000)}
     assert not unseen & trained and len(unseen | trained) == 50
-    few = grpo.load_examples(dataclasses.replace(args, eval_prompts=2), Numbers(), 64, len)[2]
+    few = grpo.load_examples(dataclasses.replace(args, eval_prompts=2), Numbers(), 64, len)[1]
     assert 2 <= len(few) <= 3
 
 
 def test_equal_prompts_stay_on_one_side_of_the_split(tmp_path):
     """Also where the last held-out prompt occurs many times."""
     rows = [{"prompt": str(i % 4), "answer": i} for i in range(40)]
-    _, draw, heldout = grpo.load_examples(data_file(tmp_path, *rows), Numbers(), 64, len)
+    draw, heldout = grpo.load_examples(data_file(tmp_path, *rows), Numbers(), 64, len)
     unseen = {row["prompt"] for row in heldout}
     assert len(heldout) == 10 and len(unseen) == 1
     assert not unseen & {draw(random.Random(i))["prompt"] for i in range(200)}
@@ -1038,7 +1040,7 @@ def test_bad_data_ends_in_one_line(rows, words, tmp_path):
 
 def test_prompt_may_take_all_the_room(tmp_path):
     args = data_file(tmp_path, GOOD, {"prompt": "1" * 58, "answer": "1"})
-    _, draw, heldout = grpo.load_examples(args, Numbers(), 64, grpo.default_reward)
+    draw, heldout = grpo.load_examples(args, Numbers(), 64, grpo.default_reward)
     assert "1" * 58 in {heldout[0]["prompt"], draw(random.Random())["prompt"]}
 
 
@@ -1131,11 +1133,9 @@ def test_resumed_run_equals_an_uninterrupted_one(kind, folder, tmp_path, capsys)
     assert call(capsys, *flags, "--max-steps", 10, "--run-dir", one)[0] == 0
     assert call(capsys, *flags, "--max-steps", 6, "--run-dir", two)[0] == 0
     assert not torch.equal(weights(one), weights(two))
-    before = saved(two)["progress"]["before"]
     assert call(capsys, "--resume", two, "--max-steps", 10)[0] == 0
     assert torch.equal(weights(one), weights(two))
     assert metrics(one) == metrics(two) and len(metrics(one)) == 10
-    assert saved(two)["progress"]["before"] == before == saved(one)["progress"]["before"]
     if kind == "lora":
         assert all("lora_" in name for name in saved(one)["model"])
         assert saved(one)["pretrained"] is None
@@ -1276,8 +1276,8 @@ def test_non_finite_reward_ends_the_run_and_keeps_the_weights(tmp_path, capsys):
 
 def test_summary_compares_before_and_after(tmp_path, capsys):
     out = call(capsys, *SHORT, "--max-steps", 1, "--run-dir", tmp_path)[1]
-    assert re.search(r"before training: mean reward [0-9.]+ on held-out prompts", out)
-    assert "after training: mean reward" in out
+    assert re.search(r"after 0 batches: mean reward [0-9.]+ on held-out prompts", out)
+    assert "after 1 batches: mean reward" in out
     assert len(re.findall("  '[0-9]+.[0-9]+=': '", out)) == 6
     assert "all rewards are 0" not in out
     code, out, *_ = call(capsys, *SHORT, "--max-steps", 1, "--run-dir", tmp_path / "none",
@@ -1332,7 +1332,7 @@ def test_short_run_learns_and_one_without_steps_does_not(tmp_path, capsys, monke
         out = call(capsys, "--pretrain-steps", 220, "--max-steps", steps, "--eval-every", 40,
                    "--learning-rate", rate, "--run-dir", tmp_path / str(rate),
                    reward=grpo.default_reward)[1]
-        before, after = re.findall(r"(?:before|after) training: mean reward ([0-9.]+)", out)
+        before, after = re.findall(r"batches: mean reward ([0-9.]+)", out)
         gains.append(float(after) - float(before))
     assert gains[0] > 0.3 and abs(gains[1]) < 0.02
     assert max(float(row["sampler_gap_max"]) for row in metrics(tmp_path / "0.0003")) < 1e-4
@@ -1482,7 +1482,7 @@ def test_runs_of_two_processes(folder, tmp_path, capsys):
     calls = [[str(word) for word in call] for call in calls]
     script.write_text(RUNS.format(root=str(ROOT), tests=str(ROOT / "tests"), calls=calls))
     out = torchrun(script)
-    assert out.count("after training: mean reward") == 4 and out.count("files in") == 4
+    assert out.count("batches: mean reward") == 8 and out.count("files in") == 4
     assert call(capsys, "--resume", run, "--max-steps", 4)[0] == 0
     assert [row["step"] for row in metrics(run)] == ["1", "2", "3", "4"]
     assert all("lora_" in name for name in saved(lora)["model"])
