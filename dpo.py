@@ -17,7 +17,8 @@ reward model and no sampling. Equation numbers refer to arXiv 2305.18290:
     loss = −E log σ(β [log π/π_ref(y_w|x) − log π/π_ref(y_l|x)])                         (7)
 
 The gradient of a pair pushes log π(y_w) up and log π(y_l) down, both with the weight
-β σ(r̂_l − r̂_w), which is large where r̂ is wrong. Only their difference counts: both may fall.
+β σ(r̂_l − r̂_w), which is large where r̂ prefers the worse answer. Only the difference of the two
+counts, so both may fall.
 
 Implementation choices:
 [C1] These flags select published variants. Δ is the difference in brackets in (7). In Δ', each
@@ -37,12 +38,13 @@ Implementation choices:
      at the beginning of a text, such as that of Llama 2, add one to each answer.
 [C5] Means are over the whole batch, so the gradient does not depend on --micro-batch-size or on
      the number of processes.
-[C6] The stop token is part of the answer and is trained on. The prompt is not. In conversations all
-     that follows the first difference is the answer, also what the user says later.
+[C6] The stop token is part of the answer and is trained on. The prompt is not. Where chosen and
+     rejected are conversations, the answers begin with the first message that differs, and include
+     all later messages, also those of the user. Answers that are too long lose their end.
 
-Shapes: P pairs, each with two rows, chosen and rejected, which go through the model together; M
-pairs of a micro-batch, R = 2 M rows of L inputs and targets, V vocabulary size, D hidden size, K
-trained tokens of a micro-batch, E size of an attention head, B sums, Y possible answers.
+Shapes: P pairs; M pairs of a micro-batch, which are R = 2 M rows (chosen, rejected, chosen, ...) of
+L inputs and targets; K trained tokens of a micro-batch, V vocabulary size, D hidden size, E size of
+an attention head. Of the tiny GPT: B sums, Y possible answers.
 
     python dpo.py                                               a tiny GPT learns to add
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl
@@ -53,7 +55,7 @@ used as they are, or lists of chat messages, which go through the chat template.
 beginning.
 
 Memory: 16 bytes per parameter for weights, gradients and AdamW, or 4 with LoRA. Several processes
-shard these, but each has all gradients if there are several micro-batches. Activations come on top.
+share these, but each has all gradients if there are several micro-batches. Activations come on top.
 
 Results, five seeds: greedy accuracy on held-out sums, before -> after, on two cores:
     default: 0.32 -> 0.99 (lowest 0.98), 66 s
@@ -118,7 +120,7 @@ class Args:
     nll_coef: float = 0.0  # coefficient of the negative log-likelihood of chosen, per token [C1]
     train_pairs: int = 25_000  # pairs to make for the tiny GPT
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before DPO
-    eval_every: int = 20  # batches between evaluations; 0: about 5 % of the time
+    eval_every: int = 20  # batches between evaluations; 0: they take about 5 % of the time
     eval_pairs: int = 256  # held-out pairs, at most a tenth of the data
     micro_batch_size: int = 256  # pairs per forward and backward pass; changes only memory [C5]
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
@@ -182,8 +184,8 @@ def pad_batch(rows, device):
     """
     tokens = pad_sequence([torch.tensor(prompt + completion) for prompt, completion in rows],
                           batch_first=True)  # padded at the end: causal attention never sees it
-    mask = pad_sequence([torch.arange(len(prompt) + len(completion)) >= len(prompt)
-                         for prompt, completion in rows], batch_first=True)   # [C6]
+    mask = pad_sequence([torch.arange(len(prompt) + len(completion)) >= len(prompt)  # [C6]
+                         for prompt, completion in rows], batch_first=True)
     return tokens[:, :-1].to(device), tokens[:, 1:].to(device), mask[:, 1:].to(device)
 
 
@@ -589,7 +591,7 @@ def make_model(config, weights, device, args):
         if isinstance(param, DTensor):
             weight = distribute_tensor(weight, param.device_mesh, param.placements,
                                        src_data_rank=None)  # each process cuts out its part
-        # Training changes the weights in place, so it needs a copy.
+        # The optimizer writes into trained weights, so these must not share memory with others.
         new_weights[name] = weight.clone() if param.requires_grad else weight
     model.load_state_dict(new_weights, assign=True)
     if args.compile:
@@ -747,7 +749,7 @@ def load_pairs(args, tokenizer, model, folder):
         if dist.is_initialized():
             dist.barrier()  # the others read it
     max_length = min(args.max_length, model.config["max_position_embeddings"])
-    # Sorted by split_hash, which is random but equal for equal prompts, held-out rows come first.
+    # split_hash is random, but equal for equal prompts. Sorted by it, held-out rows come first.
     rows = sorted(read_rows(path, lambda row: read_pair(row, tokenizer, max_length),
                             args.skip_bad_rows), key=lambda row: row[0])
     num_heldout = max(min(args.eval_pairs, len(rows) // 10), 1) if args.data else args.eval_pairs
@@ -813,9 +815,9 @@ def read_pair(row, tokenizer, max_length):
 
 
 def encode_answer(text, tokenizer):
-    """Return the token ids of an answer, up to its last stop token.
+    """Return the token ids of an answer, up to its last stop token; one without gets a stop token.
 
-    Templates add a line break behind it, which is never generated. A text gets a stop token.
+    What a chat template adds after it, such as a line break, is never generated.
     """
     ids = tokenizer.encode(text)                                                  # [C4]
     stops = [i for i, token in enumerate(ids) if token in tokenizer.stop_ids]
@@ -932,7 +934,7 @@ def addition(rng, held_out=False):
         if (split_hash(prompt) < 0.1) == held_out:
             break
     answer = f"{a + b:03}"[::-1]
-    no_carry = f"{(a + b) % 10}{(a // 10 + b // 10) % 10}0"
+    no_carry = f"{(a + b) % 10}{(a // 10 + b // 10) % 10}0"  # ones, tens, hundreds
     return {"prompt": prompt, "answer": answer,
             "pretrain_answer": no_carry if rng.random() < 0.8 else answer}
 
@@ -1156,6 +1158,7 @@ def load_checkpoint(folder):
     return torch.load(Path(folder) / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
 
 
+# The attributes of Logger that a checkpoint keeps.
 PROGRESS = ("step", "seconds", "score", "before", "heldout", "ref_logprob", "data_hash")
 
 
@@ -1260,7 +1263,7 @@ class Logger:
     def __exit__(self, kind, error, traceback):
         self.bar.close()
         signal.signal(signal.SIGINT, self.old_handler)
-        # Saving needs all processes. After an error in one, the others are elsewhere.
+        # Saving needs all processes. After an error in one, the others are still in a batch.
         if kind is None or (issubclass(kind, Exception) and not dist.is_initialized()):
             self.save()
         if get_rank() == 0 and kind is not SystemExit:  # a mistake of the user's has its own line

@@ -13,13 +13,14 @@ needed. The loss is PPO's clipped objective, with the same Â for all tokens of 
 Equation numbers refer to DeepSeekMath, arXiv 2402.03300:
 
     ρ_t = π(o_t | q, o_<t) / π_old(o_t | q, o_<t)
-    Â = (r − mean r) / std r                                        of the group
+    Â = (r − mean r) / std r      of the group; the default leaves out std, see [C1]
     J = E[ mean over tokens of min(ρ_t Â, clip(ρ_t, 1−ε, 1+ε) Â) ] − β KL(π‖π_ref)     (3)
     k3 = π_ref/π − log(π_ref/π) − 1                                 estimates the KL   (4)
 
 Implementation choices:
 [C1] --preset selects a variant. "scale" is how r − mean r is scaled, see group_advantage; "loss" is
-     how tokens are averaged, see token_weight. With β = 0 there is no reference policy.
+     how tokens are averaged, see token_weight. The loss "cispo" averages like "dapo", but has
+     another objective, see policy_loss. With β = 0 there is no reference policy.
                 scale          loss     ratio     ε       ε_high  β     paper (arXiv)
        default  none           dapo     token     0.2     0.28    0
        grpo     group          grpo     token     0.2     0.2     0.04  2402.03300
@@ -29,11 +30,13 @@ Implementation choices:
        cispo    group          cispo    token     0.2     4       0     2506.13585
        rloo     leave-one-out  dr_grpo  token     0.2     0.2     0     2402.14740
      The default does not divide by std. Other parts of these papers are left out.
-[C2] With one update per batch, the default, π_old = π and ρ = 1. Then ratio and clip do nothing,
-     and the gradient is that of REINFORCE with a baseline, −Â ∇log π of each token. The value of
-     the loss says nothing about progress: it is near 0 if the completions of a group are equally
-     long, as their advantages add up to 0. The trainer, not the sampler, computes π_old.
-[C3] The KL term is ρ k3, not k3: the gradient of k3 alone is, on average, that of KL(π_ref‖π).
+[C2] π_old is π before the first update on a batch. With one update per batch, the default, ρ = 1.
+     Then ratio and clip do nothing, and the gradient is that of REINFORCE with a baseline,
+     −Â ∇log π of each token. The value of the loss says nothing about progress, as the advantages
+     of a group add up to 0. The trainer computes log π_old. The values of the sampler are only
+     compared with it.
+[C3] The KL term is ρ k3. Without ρ its mean would be right, but its gradient would be that of
+     KL(π_ref‖π), the reverse divergence.
 [C4] Groups with equal rewards have Â = 0. They are left out of the loss, of its KL term and of its
      denominators.
 [C5] Means are over the whole batch, so the gradient does not depend on --micro-batch-size or on
@@ -42,9 +45,9 @@ Implementation choices:
 [C7] π is softmax(logits / temperature), both in sampling and in the loss.
 [C8] The prompts of a batch are drawn at random from all, without epochs.
 
-Shapes: B prompts (of this process), G completions of each, R = B G rows of L inputs and targets, C
-tokens of the longest possible completion, V vocabulary size, D hidden size, K trained tokens of a
-micro-batch, E size of an attention head, S cached tokens.
+Shapes: B prompts (of this process), G completions of each, R = B G rows of L inputs and as many
+targets (one less than its tokens), C tokens of the longest possible completion, V vocabulary size,
+D hidden size, K trained tokens of a micro-batch, E size of an attention head, S cached tokens.
 
     python grpo.py                                              a tiny GPT learns to add
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data questions.jsonl
@@ -126,7 +129,7 @@ class Args:
     eval_every: int = 20  # batches between evaluations; 0: they take about 10 % of the time
     eval_prompts: int = 256  # held-out prompts, at most a tenth of the data
     micro_batch_size: int = 1024  # rows per forward and backward pass; changes only memory [C5]
-    sampling_batch_size: int = 1024  # rows to generate at a time; changes only memory
+    sampling_batch_size: int = 1024  # rows to generate at a time: memory
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
     lora_rank: int = 0  # train LoRA adapters of this rank instead of the weights
     bf16: bool = False  # compute in bfloat16, keep the weights in float32
@@ -164,7 +167,7 @@ def group_advantage(reward, scale_rewards):
 
 
 def importance_ratio(logprob, old_logprob, mask, level):
-    """Compute ρ of each token, (R, L) as the inputs; at level "sequence" of each row, (R, 1)."""
+    """Compute ρ of each token, (R, L), or at level "sequence" one for each row, (R, 1)."""
     log_ratio = logprob - old_logprob
     if level == "sequence":  # the geometric mean over the tokens
         count = mask.sum(1, keepdim=True).clamp(min=1)
@@ -173,9 +176,9 @@ def importance_ratio(logprob, old_logprob, mask, level):
 
 
 def policy_loss(ratio, logprob, advantage, loss_type, epsilon, epsilon_high):
-    """Compute the negative objective, shaped as ratio, (R, L) or (R, 1).
+    """Compute the negative objective of each token, (R, L), or of each row, (R, 1), if ratio is so.
 
-    logprob is (R, L), advantage (R,).
+    logprob is (R, L), advantage (R,). token_weight has the weights for their sum.
     """
     advantage = advantage.unsqueeze(1)
     if loss_type == "cispo":  # the clipped ratio is a weight: every token keeps its gradient
@@ -189,7 +192,7 @@ def kl_estimate(logprob, old_logprob, ref_logprob):
     """Compute ρ k3 of each token, (R, L); on average its gradient is that of KL(π‖π_ref)."""
     log_ratio = ref_logprob - logprob
     k3 = log_ratio.exp() - log_ratio - 1                                      # (4)
-    ratio = (logprob - old_logprob).exp()  # of the token, also where the loss has that of the row
+    ratio = (logprob - old_logprob).exp()  # per token, even if the loss has one for each row
     return ratio * k3                                                         # [C3]
 
 
@@ -236,8 +239,8 @@ def pad_batch(rows, device):
     """
     tokens = pad_sequence([torch.tensor(prompt + completion) for prompt, completion in rows],
                           batch_first=True)  # padded at the end: causal attention never sees it
-    mask = pad_sequence([torch.arange(len(prompt) + len(completion)) >= len(prompt)
-                         for prompt, completion in rows], batch_first=True)   # [C6]
+    mask = pad_sequence([torch.arange(len(prompt) + len(completion)) >= len(prompt)  # [C6]
+                         for prompt, completion in rows], batch_first=True)
     return tokens[:, :-1].to(device), tokens[:, 1:].to(device), mask[:, 1:].to(device)
 
 
@@ -276,7 +279,7 @@ def generate_batch(sampler, tokenizer, examples, reward, args):
     completions = generate(sampler, tokenizer, examples, args)
     rewards = torch.tensor([float(reward(tokenizer.decode(completion.tokens), examples[i // G]))
                             for i, completion in enumerate(completions)]).view(-1, G)  # (B, G)
-    # With --scale-rewards batch, advantages depend on the rewards of all processes.
+    # --scale-rewards batch needs the rewards of all processes. Each then keeps its own groups.
     advantage = group_advantage(all_gather(rewards), args.scale_rewards)
     advantage = advantage.split(len(rewards))[get_rank()].flatten()               # (R,)
     equal_rewards = (rewards == rewards[:, :1]).all(1).repeat_interleave(G)       # (R,)  [C4]
@@ -284,7 +287,8 @@ def generate_batch(sampler, tokenizer, examples, reward, args):
     trained = ~equal_rewards & (finished | (not args.mask_truncated_completions))
 
     lengths = [len(completion.prompt) + len(completion.tokens) for completion in completions]
-    # Rows to learn from come first, and longer rows before shorter ones: little padding is needed.
+    # Rows to learn from come first, and the longest of them first, so that a micro-batch needs
+    # little padding.
     order = sorted(range(len(lengths)), key=lambda i: (bool(trained[i]), lengths[i]), reverse=True)
     rows = [completions[i] for i in order]
     inputs, targets, completion_mask = pad_batch([(row.prompt, row.tokens) for row in rows], device)
@@ -303,11 +307,11 @@ def generate_batch(sampler, tokenizer, examples, reward, args):
 
 
 def make_micro_batches(mask, lengths, size):
-    """Cut the rows to learn from into micro-batches: pairs of slices, of rows and of columns.
+    """Return pairs of slices, of rows and of columns, one pair for each micro-batch.
 
-    Rows to learn from come first, the longest of them first; the first row of a micro-batch decides
-    its columns. Each process must run the same number of micro-batches, as FSDP forward passes
-    involve all processes. So some reach into rows that are not trained, whose mask is empty.
+    The first row of a micro-batch is its longest, so it decides the columns. All processes run
+    equally many micro-batches, as FSDP forward passes involve them all. A process with fewer rows
+    to learn from fills up with other rows, whose mask is empty.
     """
     max_rows = int(all_gather(mask.any(1).sum().view(1)).max())
     # A row of n tokens has n - 1 inputs and targets.
@@ -320,7 +324,7 @@ def update(model, reference, optimizer, batch, args):
     num_rows, num_tokens = all_reduce_sum(torch.stack([batch.mask.any(1).sum(), batch.mask.sum()]))
     weight = token_weight(batch.mask, args.loss_type, num_rows, num_tokens,
                           args.max_completion_length)                             # (R, L)
-    # π_old and π_ref are computed in the first iteration, in which π is still π_old.
+    # The first iteration fills in π_old and π_ref. In it π is still π_old.
     logprobs, old_logprobs, ref_logprobs = torch.zeros(3, *weight.shape, device=weight.device)
     loss_sum = torch.zeros((), device=weight.device)
     for iteration in range(args.num_iterations):
@@ -372,7 +376,7 @@ def train(args, reward=None):
         reference = make_model(config, shared, device, args, is_reference=True)
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, args.learning_rate, weight_decay=0.0, fused=True)
-    pretrained = None if args.model else weights  # to resume; a --model can be read again
+    pretrained = None if args.model else weights  # for checkpoints; a --model can be read again
     del weights
     with Logger(args, model, optimizer, pretrained) as log:  # --resume: loads model and optimizer
         sampler = make_sampler(model, args)
@@ -414,9 +418,10 @@ def train(args, reward=None):
 def update_metrics(batch, logprobs, old_logprobs, num_tokens, args):
     """Compute means over the tokens to learn from; NaN if there are none.
 
-    approx_kl, of π_old and π, and clip_fraction, the share of ratios outside the clip range, are
-    those before the last step: 0 with one update per batch. sampler_gap compares log π of the
-    trainer and of the sampler. It is rounding error, unless something is wrong.
+    approx_kl (of π_old and π) and clip_fraction (the share of ratios outside the clip range) are
+    those before the last step, so with one update per batch they are 0. sampler_gap is the
+    difference between log π_old of the trainer and log π of the sampler: rounding error, unless
+    something is wrong.
     """
     log_ratio = logprobs - old_logprobs
     ratio = importance_ratio(logprobs, old_logprobs, batch.mask, args.importance_sampling_level)
@@ -470,7 +475,7 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
         if t + 1 == max_completion_length or len(active) == 0:
             break
         hidden = model(token.unsqueeze(1), cache)[:, 0]
-    # Until they are dropped, rows go on after their stop token: cut them there.
+    # Finished rows are dropped only every 16 tokens, so they may go on after their stop token.
     first_stop = torch.isin(tokens, stop_ids).int().argmax(1)
     length = torch.where(finished, first_stop + 1, max_completion_length)
     rows = zip(prompt_of_row.tolist(), tokens.tolist(), logprobs.tolist(), length.tolist(),
@@ -492,8 +497,9 @@ def choose_token(logprob, temperature):
 class Cache:
     """Keys and values of all layers while completions are generated.
 
-    The first columns belong to the right-padded prompts, the next ones to the completions.
-    length (R,): tokens of each prompt. num_columns: columns to reserve.
+    The first columns belong to the right-padded prompts, the next ones to the completions. Padding
+    is masked and does not count in positions. length (R,): tokens of each prompt. num_columns:
+    columns to reserve.
     """
 
     def __init__(self, model, length, num_columns):
@@ -520,7 +526,7 @@ class Cache:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         # One token per row. The query heads that share keys become one head with several queries:
         # on CUDA enable_gqa with a mask would take a slow kernel.
-        if layer == 0:  # the mask is the same in all layers
+        if layer == 0:  # all layers use the same mask
             column, length = torch.arange(end, device=k.device), self.prompt_length.unsqueeze(1)
             self.visible = (column < length) | (column >= self.num_prompt_columns)    # (R, S)
         y = F.scaled_dot_product_attention(
@@ -771,7 +777,7 @@ def make_model(config, weights, device, args, is_reference=False):
         if isinstance(param, DTensor) and not isinstance(weight, DTensor):
             weight = distribute_tensor(weight, param.device_mesh, param.placements,
                                        src_data_rank=None)  # each process cuts out its part
-        # Training changes the weights in place, so it needs a copy.
+        # The optimizer writes into trained weights, so these must not share memory with others.
         new_weights[name] = weight.clone() if param.requires_grad else weight
     model.load_state_dict(new_weights, assign=True)
     if args.compile:
@@ -986,7 +992,7 @@ def load_examples(args, tokenizer, context_length, reward):
             raise ValueError("the prompt is empty")
         return row if length <= room else None
 
-    # Sorted by split_hash, which is random but equal for equal prompts, held-out rows come first.
+    # split_hash is random, but equal for equal prompts. Sorted by it, held-out rows come first.
     rows = sorted(read_rows(args.data, check, args.skip_bad_rows),
                   key=lambda row: split_hash(row["prompt"]))
     limit = split_hash(rows[max(min(args.eval_prompts, len(rows) // 10), 1) - 1]["prompt"])
@@ -1144,7 +1150,7 @@ def addition(rng, held_out=False):
         if (split_hash(prompt) < 0.1) == held_out:
             break
     answer = f"{a + b:03}"[::-1]
-    no_carry = f"{(a + b) % 10}{(a // 10 + b // 10) % 10}0"
+    no_carry = f"{(a + b) % 10}{(a // 10 + b // 10) % 10}0"  # ones, tens, hundreds
     return {"prompt": prompt, "answer": answer,
             "pretrain_answer": no_carry if rng.random() < 0.8 else answer}
 
@@ -1308,7 +1314,7 @@ def load_checkpoint(folder):
     return torch.load(Path(folder) / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
 
 
-PROGRESS = ("step", "seconds", "score")  # of Logger, in a checkpoint
+PROGRESS = ("step", "seconds", "score")  # the attributes of Logger that a checkpoint keeps
 
 
 class Logger:
@@ -1420,7 +1426,7 @@ class Logger:
     def __exit__(self, kind, error, traceback):
         self.bar.close()
         signal.signal(signal.SIGINT, self.old_handler)
-        # Saving needs all processes. After an error in one, the others are elsewhere.
+        # Saving needs all processes. After an error in one, the others are still in a batch.
         if kind is None or (issubclass(kind, Exception) and not dist.is_initialized()):
             self.save()
         if get_rank() == 0 and kind is not SystemExit:  # a mistake of the user's has its own line

@@ -185,8 +185,8 @@ def language_results(name):
     """The tables of grpo.py or dpo.py."""
     module, note = {"grpo": grpo, "dpo": dpo}[name], cartpole.note(f"{name}.json", "default")
     return ["The table shows the default runs with the seeds 11 to 15. It has the accuracy on "
-            "held-out sums before and after training, for greedy and for sampled answers"
-            f"{f' ({note})' if note else ''}.", module.default_table(),
+            f"held-out sums before and after training{f' ({note})' if note else ''}.",
+            module.default_table(),
             "The next table compares one training step of SmolLM2-135M with the same step of "
             "TRL's trainer, on two CPU cores.", module.speed_table()]
 
