@@ -81,7 +81,7 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Args:
-    """The defaults are the preset "discrete"; default_args returns those of an environment."""
+    """The defaults are those for discrete actions; default_args returns those of an environment."""
 
     env_id: str = "CartPole-v1"  # gymnasium environment; "module:Env-v0" imports the module first
     seed: int = 1
@@ -115,10 +115,9 @@ class Args:
     wandb_project: str = "policy-gradients"
 
 
-# What differs from Args. default_args takes "image" for images, else "continuous" for Box actions,
-# else "discrete". Atari also clips rewards.
+# What differs from Args: for Box actions, and for images, whatever the actions. Atari also clips
+# rewards.
 PRESETS = {
-    "discrete": {},
     "continuous": {"total_timesteps": 1_000_000, "learning_rate": 3e-4, "num_envs": 8,
                    "num_steps": 256, "gae_lambda": 0.9, "num_minibatches": 32,
                    "update_epochs": 10, "ent_coef": 0.0, "log_std": -0.7},
@@ -386,8 +385,7 @@ def train(args):
             *_, rollout = collect(envs, agent, obs, valid, args.num_steps)
             agent.obs_moments.update(rollout["obs"][rollout["valid"]])            # [C8]
             obs = envs.reset()  # new episodes, as the returns of these are not recorded
-        episode_return = torch.zeros(len(obs), device=device)
-        discounted_return = torch.zeros(len(obs), device=device)
+        episode_return, discounted_return = torch.zeros(2, len(obs), device=device)
         while log.step < args.total_timesteps and not log.reached(args.stop_at):
             remaining = 1 - log.step / args.total_timesteps if args.anneal_lr else 1
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining      # [C5]
@@ -431,7 +429,7 @@ def default_args(env_id, **overrides):
     envs = Envs(Args(env_id=env_id), 1, "cpu")
     envs.reset(seed=0)  # some environments cannot be closed before
     envs.close()
-    preset = PRESETS["discrete" if num_choices(envs.single_action_space) else "continuous"]
+    preset = {} if num_choices(envs.single_action_space) else PRESETS["continuous"]
     if len(envs.obs_shape) == 3:
         preset = PRESETS["image"] | {"clip_reward": envs.is_atari}
     return Args(**{"env_id": env_id} | preset | overrides)
@@ -506,6 +504,10 @@ class Envs(gym.vector.VectorWrapper):
         if self.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
             raise SystemExit(f"--env-id {args.env_id}: needs autoreset mode NEXT_STEP")
         self.obs_shape, self.channels_last = image_layout(obs_space)
+        if float_box:  # bounds that are infinite, or beyond 1e6, become -1 and 1: no scaling
+            bounded = np.maximum(-action_space.low, action_space.high).astype(np.float64) <= 1e6
+            self.low = np.where(bounded, action_space.low, -1)
+            self.high = np.where(bounded, action_space.high, 1)
 
     def reset(self, seed=None):
         """Start new episodes; return the observations (N, ...)."""
@@ -535,17 +537,13 @@ class Envs(gym.vector.VectorWrapper):
         """Convert sampled actions to what the environments expect.
 
         Discrete and MultiDiscrete actions count from space.start. Box actions are scaled from
-        [-1, 1] to the bounds, then clipped. Dimensions with a bound that is infinite, or beyond
-        1e6, are not scaled.
+        [-1, 1] to the bounds, then clipped.
         """
         space = self.single_action_space
         action = action.cpu().numpy().reshape(-1, *space.shape)
         if not isinstance(space, Box):
             return (action + getattr(space, "start", 0)).astype(space.dtype)
-        bounded = np.maximum(-space.low, space.high).astype(np.float64) <= 1e6
-        # Other bounds are replaced by -1 and 1, which leave the action as it is.
-        low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-        action = (high + low) / 2 + (high - low) / 2 * action                     # [C9]
+        action = (self.high + self.low) / 2 + (self.high - self.low) / 2 * action  # [C9]
         return action.astype(space.dtype).clip(space.low, space.high)
 
 
