@@ -587,12 +587,10 @@ def make_model(config, weights, device, args):
             weight = weights[name]
         else:
             raise SystemExit(f"--model {args.model}: no tensor {name} in its safetensors files")
-        weight = weight.to(device, torch.float32)
-        if isinstance(param, DTensor):
-            weight = distribute_tensor(weight, param.device_mesh, param.placements,
-                                       src_data_rank=None)  # each process cuts out its part
-        # The optimizer writes into trained weights, so these must not share memory with others.
-        new_weights[name] = weight.clone() if param.requires_grad else weight
+        new_weights[name] = weight.to(device, torch.float32)
+        if isinstance(param, DTensor):  # each process cuts out its part
+            new_weights[name] = distribute_tensor(
+                new_weights[name], param.device_mesh, param.placements, src_data_rank=None)
     model.load_state_dict(new_weights, assign=True)
     if args.compile:
         for block in model.model.layers:
