@@ -73,7 +73,7 @@ def step_ours(model, bf16, steps):
     policy = dpo.make_model(config, weights, device, args)
     del weights
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, weight_decay=0.0, fused=True)
-    pairs = [dpo.read_pair(row, tokenizer, 2048) for row in rows_of_pairs()]
+    pairs = [dpo.read_pair(row, tokenizer, 2048)[1] for row in rows_of_pairs()]
     pairs = [pairs[i] for i in dpo.by_length(pairs, range(16))]
     for _ in range(steps):
         start = time.perf_counter()
