@@ -31,9 +31,10 @@ Implementation choices:
      E[r − 1 − log r], exceeds 1.5 times this target (joschu.net/blog/kl-approx.html).
 [C7] Vectors: separate networks for π and V. Images: one CNN for both. Orthogonal initialization
      with gain √2, 0.01 for the output of π, 1 for that of V.
-[C8] --norm-obs: (obs − mean) / std, both over all earlier batches. A first batch is only for these
-     statistics: it is not learned from, logged or counted. --norm-reward: rewards / std of the sums
-     R_t = reward_t + γ R_{t−1} within an episode, this batch included. Both are clipped to ± 10.
+[C8] --norm-obs: (obs − mean) / std, both of all earlier batches. An extra first batch only starts
+     these statistics: it is not learned from, logged or counted. --norm-reward: reward / std, that
+     of the sums R_t = reward_t + γ R_{t−1} within an episode, of all batches, the present one
+     included. Both results are clipped to ± 10.
 [C9] Box actions: the environment gets the sampled action scaled from [-1, 1] to its bounds, if they
      are finite, and clipped. log π is that of the sample.
 [C10] Under torchrun each process plays in its share of the N environments. Gradients are averaged
@@ -382,9 +383,11 @@ def train(args):
         obs = envs.reset(seed_everything(args.seed, rank, log.iteration))
         valid = torch.ones(len(obs), dtype=torch.bool, device=device)
         if agent.obs_moments and log.iteration == 0:
+            # For statistics only. After the reset all environments are at a first observation.
             *_, rollout = collect(envs, agent, obs, valid, args.num_steps)
             agent.obs_moments.update(rollout["obs"][rollout["valid"]])            # [C8]
-            obs = envs.reset()  # new episodes, as the returns of these are not recorded
+            obs = envs.reset()
+        # Sums of the episodes that go on from one batch to the next, (N,).
         episode_return, discounted_return = torch.zeros(2, len(obs), device=device)
         while log.step < args.total_timesteps and not log.reached(args.stop_at):
             remaining = 1 - log.step / args.total_timesteps if args.anneal_lr else 1
@@ -410,7 +413,7 @@ def train(args):
             if agent.obs_moments:  # after the update, as this changes what the agent computes
                 agent.obs_moments.update(batch["obs"])
             log.write(args.num_envs * args.num_steps, all_gather(return_so_far[done]), **metrics,
-                      explained_variance=1 - (advantage_var / target_var).item(),  # Â: target − V
+                      explained_variance=1 - (advantage_var / target_var).item(),  # Â = target − V
                       learning_rate=args.learning_rate * remaining)
     envs.close()
     if dist.is_initialized():
@@ -613,7 +616,7 @@ def image_layout(space):
     (H, W), (H, W, C), (C, H, W), or a stack of these. Stacked frames become channels.
     """
     if len(space.shape) in (2, 3, 4):
-        # There are few channels and many pixels.
+        # Channels come last if the last dimension is the smallest.
         last = len(space.shape) > 2 and space.shape[-1] == min(space.shape[-3:])
         height, width = space.shape[-3:-1] if last else space.shape[-2:]
         pixels = space.dtype == np.uint8 and space.low.min() == 0 and space.high.max() == 255

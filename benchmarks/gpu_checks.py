@@ -100,9 +100,18 @@ def fast_agent(compile, bf16):
                 if compile:
                     net.compile(dynamic=True)
 
+        def features(self, obs):
+            return with_bf16(super().features, obs)
+
+        def policy(self, features):
+            return with_bf16(super().policy, features)
+
         def forward(self, obs):
-            with torch.autocast(obs.device.type, torch.bfloat16, enabled=bf16):
-                return super().forward(obs)
+            return with_bf16(super().forward, obs)
+
+    def with_bf16(function, x):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            return function(x)
 
     return FastAgent
 

@@ -129,6 +129,26 @@ def test_values_for_the_template(script, tmp_path):
     assert text.endswith("assistant\n<think>\n\n</think>\n\n")
 
 
+def test_values_for_the_template_replace_others(script, tmp_path):
+    folder = make_folder(tmp_path, "chatml")
+    (folder / "chat_template.jinja").write_text("{{ tools }} {{ documents }}")
+    assert script.Tokenizer(folder, {}).render(question("Hi"), True) == "None None"
+    assert script.Tokenizer(folder, {"tools": [1]}).render(question("Hi"), True) == "[1] None"
+
+
+def test_template_may_refuse_the_conversation_that_shows_the_stop_token(script, tmp_path):
+    folder = make_folder(tmp_path, "chatml")
+    path = folder / "chat_template.jinja"
+    path.write_text("{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}"
+                    "{% endif %}" + path.read_text())
+    tokenizer = script.Tokenizer(folder, {})
+    prompt = [{"role": "system", "content": "Be brief."}, *question("Hi")]
+    assert prompt_ids(script, tokenizer, prompt)
+    assert tokenizer.stop_ids == [tokenizer.tokenizer.token_to_id("<|im_end|>")]
+    with pytest.raises(ValueError, match="no system"):
+        tokenizer.render(question("Hi"), True)
+
+
 def test_stop_token_is_the_one_that_ends_a_turn(script, tmp_path):
     """Also where the files name another: base models with a chat template."""
     folder = make_folder(tmp_path, "qwen", eos="<|end_of_text|>")

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -1382,6 +1383,10 @@ def recorded_updates(name, rank=0, world_size=1):
     if args.beta:
         state = dict(model.named_parameters()) if args.lora_rank else state
         reference = grpo.make_model(base.config, state, CPU, args, is_reference=True)
+    for key, param in model.named_parameters():  # a process keeps its rows alone
+        shard = param.to_local() if world_size > 1 else param
+        rows = math.ceil(len(param) / world_size)
+        assert shard.untyped_storage().nbytes() <= 4 * rows * math.prod(param.shape[1:]), key
     sampler = grpo.make_sampler(model, args)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5, 0.9)
     for _ in range(1 if args.bf16 else 3):
