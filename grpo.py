@@ -171,8 +171,7 @@ def importance_ratio(logprob, old_logprob, mask, level):
     """Compute ρ of each token, (R, L), or at level "sequence" one for each row, (R, 1)."""
     log_ratio = logprob - old_logprob
     if level == "sequence":  # the geometric mean over the tokens
-        count = mask.sum(1, keepdim=True).clamp(min=1)
-        log_ratio = (log_ratio * mask).sum(1, keepdim=True) / count
+        log_ratio = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     return log_ratio.exp()
 
 
@@ -291,36 +290,29 @@ def generate_batch(sampler, tokenizer, examples, reward, args):
     trained = ~equal_rewards & (finished | (not args.mask_truncated_completions))
 
     lengths = [len(completion.prompt) + len(completion.tokens) for completion in completions]
-    # Rows to learn from come first, as make_micro_batches leaves out the others, and the longest of
-    # them first, so that a micro-batch needs little padding.
+    # Rows to learn from come first, as the others are left out, and the longest of them first, so
+    # that a micro-batch needs little padding.
     order = sorted(range(len(lengths)), key=lambda i: (bool(trained[i]), lengths[i]), reverse=True)
     rows = [completions[i] for i in order]
     inputs, targets, completion_mask = pad_batch([(row.prompt, row.tokens) for row in rows], device)
     sampled_logprob = pad_sequence(
         [torch.tensor([0.0] * len(row.prompt) + row.logprobs) for row in rows], batch_first=True)
     mask = completion_mask & trained[order].unsqueeze(1).to(device)
+    # FSDP forward passes involve all processes: each runs as many micro-batches as the one with the
+    # most rows to learn from. Others fill up with rows whose mask is empty. The columns are those
+    # of the first row, the longest to learn from; a row of n tokens has n - 1 inputs and targets.
+    max_rows = int(all_gather(trained.sum().view(1)).max())
+    micro_batches = [(slice(start, min(start + args.micro_batch_size, max_rows)),
+                      slice(0, lengths[order[start]] - 1))
+                     for start in range(0, max_rows, args.micro_batch_size)]
     batch = Batch(inputs, targets, mask, sampled_logprob[:, 1:].to(device),
-                  advantage[order].to(device),
-                  make_micro_batches(mask, [lengths[i] for i in order], args.micro_batch_size))
+                  advantage[order].to(device), micro_batches)
     metrics = {"reward": rewards.mean(), "equal_groups": equal_rewards.float().mean(),
                "truncated": 1 - finished.float().mean(),
                "length": completion_mask.sum() / len(rows),
                # An estimate, from the sampled tokens.
                "entropy": -batch.sampled_logprob.sum() / completion_mask.sum()}
     return batch, {name: all_gather(mean.view(1)).mean() for name, mean in metrics.items()}
-
-
-def make_micro_batches(mask, lengths, size):
-    """Return pairs of slices, of rows and of columns, one pair for each micro-batch.
-
-    The columns are those of the first row, the longest to learn from. All processes run equally
-    many micro-batches, as FSDP forward passes involve them all. A process with fewer rows to learn
-    from fills up with other rows, whose mask is empty; they are cut if they are longer.
-    """
-    max_rows = int(all_gather(mask.any(1).sum().view(1)).max())  # the most of any process
-    # A row of n tokens has n - 1 inputs and targets.
-    return [(slice(start, min(start + size, max_rows)), slice(0, lengths[start] - 1))
-            for start in range(0, max_rows, size)]
 
 
 def update(model, reference, optimizer, batch, args):
@@ -371,8 +363,7 @@ def train(args, reward=None):
     device = setup(args)
     reward = reward or (default_reward if args.model else exact_match)
     config, weights, tokenizer = load_model(args) if args.model else pretrain(args, device)
-    sample_example, heldout = load_examples(
-        args, tokenizer, config["max_position_embeddings"], reward)
+    sample_example, heldout = load_examples(args, tokenizer, config, reward)
     eval_every = plan_evaluations(len(heldout), args)
     model = make_model(config, weights, device, args)
     reference = None
@@ -976,11 +967,12 @@ def encode_prompt(prompt, tokenizer):
     return tokenizer.encode(text.partition(mark)[0] + prompt[-1]["content"].strip())
 
 
-def load_examples(args, tokenizer, context_length, reward):
+def load_examples(args, tokenizer, config, reward):
     """Return a function that draws an example to learn from, and the held-out examples.
 
     An example is a row of --data. No prompt is in both parts.
     """
+    context_length = config["max_position_embeddings"]
     room = min(args.max_length, context_length) - args.max_completion_length
     if room < 1:
         raise SystemExit(f"--max-completion-length {args.max_completion_length}: no room for a "

@@ -164,8 +164,9 @@ def grpo_update(device, compile=False, bf16=False):
     rows = [(random_tokens(rng, 8), random_tokens(rng, length - 8)) for length in lengths]
     inputs, targets, mask = grpo.pad_batch(rows, device)
     advantage = torch.tensor([rng.gauss(0, 1) for _ in rows], device=device)
+    micro_batches = [(slice(start, start + 4), slice(0, lengths[start] - 1)) for start in (0, 4, 8)]
     batch = grpo.Batch(inputs, targets, mask, torch.zeros(mask.shape, device=device), advantage,
-                       grpo.make_micro_batches(mask, lengths, args.micro_batch_size))
+                       micro_batches)
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     return gradients(grpo.update(model, reference, optimizer, batch, args)["loss"], model)
 

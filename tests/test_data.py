@@ -359,9 +359,14 @@ def arguments(**changes):
     return grpo.default_args(**{"model": "m", "bf16": False, "device": "cpu"} | changes)
 
 
+def positions(count):
+    """What load_examples needs of a config."""
+    return {"max_position_embeddings": count}
+
+
 def test_prompts_reach_the_reward_with_all_columns(chatml, tmp_path, capsys):
     args = arguments(data=str(DATA / "questions.jsonl"), eval_prompts=1)
-    draw, heldout = grpo.load_examples(args, chatml, 500, grpo.default_reward)
+    draw, heldout = grpo.load_examples(args, chatml, positions(500), grpo.default_reward)
     rows = [json.loads(line) for line in (DATA / "questions.jsonl").read_text().splitlines()]
     drawn = [draw(random.Random(i)) for i in range(50)]
     assert len(heldout) == 1 and all(row in rows for row in drawn + heldout)
@@ -374,8 +379,8 @@ def test_only_the_default_reward_needs_answers(chatml, tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"prompt": f"Write {n}"} for n in range(5)])
     args = arguments(data=str(path), eval_prompts=1)
     with pytest.raises(SystemExit, match="line 1: `answer` must be"):
-        grpo.load_examples(args, chatml, 500, grpo.default_reward)
-    assert len(grpo.load_examples(args, chatml, 500, len)[1]) == 1
+        grpo.load_examples(args, chatml, positions(500), grpo.default_reward)
+    assert len(grpo.load_examples(args, chatml, positions(500), len)[1]) == 1
 
 
 @pytest.mark.parametrize("answer, words", [
@@ -393,10 +398,10 @@ def test_prompts_that_leave_no_room_are_dropped(chatml, tmp_path, capsys):
     path = write(tmp_path / "rows.jsonl", rows)
     for context, max_length, dropped in ((500, 120, 2), (100, 120, 3), (61, 500, 4)):
         args = arguments(data=str(path), max_completion_length=20, max_length=max_length)
-        grpo.load_examples(args, chatml, context, grpo.default_reward)
+        grpo.load_examples(args, chatml, positions(context), grpo.default_reward)
         assert f"6 rows, of which {dropped} are too long and 0 bad" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no room for a prompt"):
-        grpo.load_examples(args, chatml, 20, grpo.default_reward)
+        grpo.load_examples(args, chatml, positions(20), grpo.default_reward)
 
 
 REWARDS = [
@@ -456,11 +461,11 @@ def test_at_most_a_tenth_of_the_prompts_is_held_out(chatml, tmp_path):
     path.write_text("".join(f'{{"prompt": "{n}", "answer": 1}}\n' for n in range(40)))
     for wanted, expected in ((256, 4), (2, 2)):
         args = arguments(data=str(path), eval_prompts=wanted)
-        draw, heldout = grpo.load_examples(args, chatml, 300, lambda text, row: 0)
+        draw, heldout = grpo.load_examples(args, chatml, positions(300), lambda text, row: 0)
         assert len(heldout) == expected
         assert not {row["prompt"] for row in heldout} & {
             draw(random.Random(n))["prompt"] for n in range(200)}
-    _, heldout = grpo.load_examples(grpo.Args(), grpo.Characters(), 64, grpo.exact_match)
+    _, heldout = grpo.load_examples(grpo.Args(), grpo.Characters(), positions(64), grpo.exact_match)
     assert len(heldout) == 256
 
 

@@ -917,11 +917,11 @@ def test_teacher_forgets_to_carry():
 
 def test_held_out_prompts_are_never_trained_on():
     args = flags(eval_prompts=200)
-    draw, heldout = grpo.load_examples(args, grpo.Characters(), 64, grpo.exact_match)
+    draw, heldout = grpo.load_examples(args, grpo.Characters(), CONFIG, grpo.exact_match)
     rng, unseen = random.Random(1), {e["prompt"] for e in heldout}
     assert len(heldout) == 200 and len(unseen) > 150
     assert not unseen & {draw(rng)["prompt"] for _ in range(3000)}
-    assert grpo.load_examples(args, grpo.Characters(), 64, grpo.exact_match)[1] == heldout
+    assert grpo.load_examples(args, grpo.Characters(), CONFIG, grpo.exact_match)[1] == heldout
 
 
 @pytest.mark.slow
@@ -969,6 +969,9 @@ def test_completions_are_judged_by_their_own_example(monkeypatch):
                            for i in range(3)]
 
 
+CONFIG = {"max_position_embeddings": 64}  # all that load_examples needs of it
+
+
 class Numbers(grpo.Characters):
     """As it prints an example, load_examples needs a little more of a tokenizer of a data file."""
 
@@ -987,19 +990,19 @@ def data_file(tmp_path, *rows, **changes):
 def test_data_file_is_split_by_prompt(tmp_path):
     rows = [{"prompt": f"{i:02}+01=", "answer": i + 1} for i in range(50)]
     args = data_file(tmp_path, *rows, *rows[:5])
-    draw, heldout = grpo.load_examples(args, Numbers(), 64, grpo.default_reward)
+    draw, heldout = grpo.load_examples(args, Numbers(), CONFIG, grpo.default_reward)
     unseen = {row["prompt"] for row in heldout}
     assert 3 <= len(unseen) <= 10
     trained = {draw(random.Random(i))["prompt"] for i in range(1000)}
     assert not unseen & trained and len(unseen | trained) == 50
-    few = grpo.load_examples(dataclasses.replace(args, eval_prompts=2), Numbers(), 64, len)[1]
+    few = grpo.load_examples(dataclasses.replace(args, eval_prompts=2), Numbers(), CONFIG, len)[1]
     assert 2 <= len(few) <= 3
 
 
 def test_equal_prompts_stay_on_one_side_of_the_split(tmp_path):
     """Also where the last held-out prompt occurs many times."""
     rows = [{"prompt": str(i % 4), "answer": i} for i in range(40)]
-    draw, heldout = grpo.load_examples(data_file(tmp_path, *rows), Numbers(), 64, len)
+    draw, heldout = grpo.load_examples(data_file(tmp_path, *rows), Numbers(), CONFIG, len)
     unseen = {row["prompt"] for row in heldout}
     assert len(heldout) == 10 and len(unseen) == 1
     assert not unseen & {draw(random.Random(i))["prompt"] for i in range(200)}
@@ -1034,14 +1037,14 @@ GOOD = {"prompt": "1+1=", "answer": "2"}
 )
 def test_bad_data_ends_in_one_line(rows, words, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        grpo.load_examples(data_file(tmp_path, *rows), Numbers(), 64, grpo.default_reward)
+        grpo.load_examples(data_file(tmp_path, *rows), Numbers(), CONFIG, grpo.default_reward)
     message = stop.value.code
     assert "\n" not in message and all(word in message for word in ["rows.jsonl", *words]), message
 
 
 def test_prompt_may_take_all_the_room(tmp_path):
     args = data_file(tmp_path, GOOD, {"prompt": "1" * 58, "answer": "1"})
-    draw, heldout = grpo.load_examples(args, Numbers(), 64, grpo.default_reward)
+    draw, heldout = grpo.load_examples(args, Numbers(), CONFIG, grpo.default_reward)
     assert "1" * 58 in {heldout[0]["prompt"], draw(random.Random())["prompt"]}
 
 
