@@ -19,8 +19,8 @@ arXiv 2305.18290:
     loss = −E log σ(β [log π/π_ref(y_w|x) − log π/π_ref(y_l|x)])                         (7)
 
 The gradient of a pair pushes log π(y_w) up and log π(y_l) down, both with the weight
-β σ(r̂_l − r̂_w), which is large where r̂ prefers the worse answer. Only the difference of the two
-counts, so both may fall.
+β σ(r̂_l − r̂_w), which is large where r̂ prefers the worse answer. The loss depends only on the
+difference of the two, so both may fall.
 
 Implementation choices:
 [C1] These flags select published variants. Δ is the difference in brackets in (7). In Δ', each

@@ -32,9 +32,9 @@ Implementation choices:
      The default does not divide by std. Other parts of these papers are left out.
 [C2] π_old is π before the first update on a batch. With one update per batch, the default, ρ = 1.
      Then ratio and clip do nothing, and the gradient is that of REINFORCE with a baseline,
-     −Â ∇log π of each token. The value of the loss says nothing about progress, as the advantages
-     of a group add up to 0. Then gspo equals grpo with β = 0, and cispo equals dapo. The trainer
-     computes log π_old; the sampler's log π is not used in the loss, only in metrics.
+     −Â ∇log π of each token. So gspo has the gradient of grpo with β = 0, and cispo that of dapo.
+     The value of the loss says nothing about progress, as the advantages of a group add up to 0.
+     The trainer computes log π_old. The log π of the sampler is used in metrics only.
 [C3] The KL term is ρ k3. Without ρ its mean would be right, but its gradient would be that of
      KL(π_ref‖π), the reverse divergence.
 [C4] Groups with equal rewards have Â = 0. They are left out of the loss, of its KL term and of its
@@ -248,6 +248,8 @@ def pad_batch(rows, device):
 
 
 class Completion(NamedTuple):
+    """A sampled completion of a prompt."""
+
     prompt: list  # token ids
     tokens: list  # token ids, the stop token included
     logprobs: list  # log π of each token, as the sampler computed it

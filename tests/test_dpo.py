@@ -1058,13 +1058,23 @@ def test_a_second_ctrl_c_stops_at_once(llama, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "model").exists() and not (tmp_path / "checkpoint.pt").exists()
 
 
+def test_ctrl_c_during_the_exchange_is_not_lost(monkeypatch):
+    log = dpo.Logger.__new__(dpo.Logger)
+    log.interrupted = False
+    monkeypatch.setattr(dpo, "all_gather", lambda sent: setattr(log, "interrupted", True) or sent)
+    log.stopped()
+    assert log.interrupted
+
+
 def test_a_resumed_run_takes_new_flags_but_not_other_batches(llama, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         press_ctrl_c(patch, at=2)
         assert call(capsys, *llama, "--beta", 0.7, "--run-dir", tmp_path)[0] == 130
-    for flag in ("--max-steps", "--eval-pairs", "--batch-size", "--num-epochs", "--max-length"):
+    for flag in ("--max-steps", "--eval-pairs", "--batch-size", "--num-epochs", "--max-length",
+                 "--seed"):
         message, _, _ = call(capsys, "--resume", tmp_path, flag, 4)
         assert "cannot change" in message and flag[2:].replace("-", "_") in message
+    assert "cannot change" in call(capsys, "--resume", tmp_path, "--bf16")[0]
     assert call(capsys, "--resume", tmp_path, "--learning-rate", 1e-4)[0] == 0
     saved = read_checkpoint(tmp_path)
     assert saved["progress"]["step"] == len(read_metrics(tmp_path)) == 10

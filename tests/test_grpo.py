@@ -1270,6 +1270,14 @@ def test_error_in_the_reward_keeps_its_traceback_and_what_was_learned(tmp_path, 
     assert saved(tmp_path)["progress"]["step"] == 2 and saved(tmp_path)["optimizer"]
 
 
+def test_ctrl_c_during_the_exchange_is_not_lost(monkeypatch):
+    log = grpo.Logger.__new__(grpo.Logger)
+    log.interrupted, log.score, log.args = False, float("nan"), flags()
+    monkeypatch.setattr(grpo, "all_gather", lambda sent: setattr(log, "interrupted", True) or sent)
+    log.stopped()
+    assert log.interrupted
+
+
 def test_non_finite_reward_ends_the_run_and_keeps_the_weights(tmp_path, capsys):
     calls = count()
     with pytest.raises(RuntimeError, match="non-finite"):
