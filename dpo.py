@@ -52,15 +52,15 @@ an attention head. Of the tiny GPT: B sums, Y possible answers.
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl
 
 A row of --data is a JSON object with `prompt`, `chosen` and `rejected`. They are texts, which are
-used as they are, or lists of chat messages, which go through the chat template. If `chosen` and
-`rejected` are whole conversations, or there is no `prompt`, it is what they have in common at the
-beginning.
+used as they are, or lists of chat messages, which go through the chat template. If one of them is a
+list, the texts count as messages, too. If `chosen` and `rejected` are whole conversations, or there
+is no `prompt`, it is what they have in common at the beginning.
 
 Memory: 16 bytes per parameter for weights, gradients and AdamW, or 4 with LoRA. Several processes
 share these, but each has all gradients if there are several micro-batches. Activations come on top.
 
 Results, five seeds: greedy accuracy on held-out sums, before -> after, on two cores:
-    default: 0.32 -> 0.99 (lowest 0.98), 70 s
+    default: 0.322 -> 0.995 (lowest 0.980), 70 s
     a step of SmolLM2-135M in float32, 16 pairs of 64 to 128 tokens: 23 s, 3.5 GiB
 """
 
@@ -848,8 +848,11 @@ def split_row(row):
         text = answer if isinstance(answer, str) else answer[-1]["content"]
         if not text.strip():
             raise ValueError(f"`{name}` is empty")
-    # Answers that do not begin with the assistant repeat the prompt, so `prompt` is ignored.
+    # Answers that do not begin with the assistant repeat the prompt. A `prompt` that is a text, and
+    # may be formatted otherwise, is then ignored.
     is_conversation = isinstance(chosen, list) and chosen[0]["role"] != "assistant"
+    if is_conversation and isinstance(row.get("prompt"), list) and prompt != chosen[:len(prompt)]:
+        raise ValueError("`chosen` does not begin with the messages of `prompt`")
     if prompt is None or is_conversation:
         prompt = common_beginning(chosen, rejected)
         chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
@@ -1193,8 +1196,7 @@ class Logger:
         elif get_rank() == 0 and (self.dir / "checkpoint.pt").exists():
             raise SystemExit(f"--run-dir {self.dir}: holds a run already; choose another folder")
         self.start, self.saved_at = time.perf_counter() - self.seconds, time.perf_counter()
-        self.bar = tqdm(initial=self.step, unit=" batches",
-                        disable=get_rank() > 0 or None)
+        self.bar = tqdm(initial=self.step, unit=" batches", disable=get_rank() > 0 or None)
         self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
         if get_rank() > 0:
             return

@@ -63,7 +63,7 @@ for the model that generates; 4 more with β > 0 and without LoRA. Several proce
 each has all gradients and its own model that generates. Activations and the cache come on top.
 
 Results, five seeds: greedy accuracy on held-out sums, before -> after, on two cores:
-    default: 0.34 -> 1.00 (lowest 1.00), 44 s
+    default: 0.337 -> 1.000 (lowest 1.000), 44 s
     a step of SmolLM2-135M in float32, 16 completions of 32 tokens: 8 s, 3.5 GiB
 """
 
@@ -1250,9 +1250,10 @@ def setup(args):
         json.loads(args.chat_template_kwargs).items()
     except (ValueError, AttributeError) as error:
         raise SystemExit("--chat-template-kwargs: expected a JSON object") from error
-    if args.num_generations < 2 or args.temperature <= 0 or args.eval_prompts < 1:
-        raise SystemExit("--num-generations must be at least 2, --temperature and --eval-prompts "
-                         "above 0")
+    lowest = min(args.num_iterations, args.eval_prompts, args.temperature)
+    if lowest <= 0 or args.num_generations < 2:
+        raise SystemExit("--num-generations must be at least 2, --temperature, --num-iterations "
+                         "and --eval-prompts above 0")
     torch.manual_seed(args.seed)  # the same weights in all processes
     return device
 

@@ -246,7 +246,7 @@ def main():
                 cartpole.write_rows(HERE / "lines.csv", LINE_COLUMNS, rows)
         measured = sorted({("sums " if choice[0] == "grpo" else "control ") + choice[0]
                            for choice, _ in jobs})
-        measured += [f"lines {script}" + ", new" * args.new
+        measured += [f"lines {script}" + ", later" * args.new
                      for script in args.scripts if "lines" in parts]
         cartpole.record("ablations.json", measured, source)
     for page in dict.fromkeys(choice[0] for choice in CHOICES):

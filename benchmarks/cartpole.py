@@ -231,6 +231,15 @@ def record(name, parts, source):
     path.write_text(json.dumps(old | dict.fromkeys(parts, source), indent=2) + "\n")
 
 
+def grouped_notes(notes):
+    """Lines "a, b: note" from {what: note}; those with the same note share a line."""
+    groups = {}
+    for what, text in notes.items():
+        if text:
+            groups.setdefault(text, []).append(what)
+    return [f"{', '.join(names)}: {text}" for text, names in groups.items()]
+
+
 def note(name, part):
     """What a .json here says about a part that was not measured as usual; "" if nothing."""
     return json.loads((HERE / name).read_text()).get(part, {}).get("note", "")

@@ -161,9 +161,10 @@ def score_table():
             mean, low, high = interval(scores)
             command = " ".join(f"python ppo.py --env-id {task} {flags}".split())
             seconds = statistics.median(float(row["seconds"]) for row in mine)
-            spread = f" ({low:,.4g} to {high:,.4g}) | {min(scores):,.4g} to {max(scores):,.4g}"
-            lines.append(f"| `{command}` | {len(mine)} | {mean:,.4g}"
-                         f"{spread if len(mine) > 1 else ' | '} | {goal} | {seconds:.0f} |")
+            # An interval from a few seeds would say no more than the range.
+            spread = f" ({low:,.4g} to {high:,.4g})" if len(mine) >= 10 else ""
+            lines.append(f"| `{command}` | {len(mine)} | {mean:,.4g}{spread} "
+                         f"| {min(scores):,.4g} to {max(scores):,.4g} | {goal} | {seconds:.0f} |")
     return "\n".join(lines)
 
 

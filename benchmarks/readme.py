@@ -81,8 +81,8 @@ def result(name):
     if name in PEERS:
         rows = language_rows(name)
         old = "earlier" in cartpole.note(f"{name}.json", "default")
-        return (f"addition task: {100 * mean(rows, 'greedy_before'):.0f}% correct before, "
-                f"{100 * mean(rows, 'greedy_after'):.0f}% after; {median(rows, 'seconds'):.0f} s"
+        return (f"addition task: {100 * mean(rows, 'greedy_before'):.1f}% correct before, "
+                f"{100 * mean(rows, 'greedy_after'):.1f}% after; {median(rows, 'seconds'):.0f} s"
                 + " (earlier version of the script)" * old)
     rows = cartpole.grouped(cartpole.read_rows(BENCHMARKS / "cartpole.csv"))[name]
     solved = sum(row["solved"] for row in rows)
@@ -110,8 +110,8 @@ def picture(results_page):
             "`ppo.py` on HalfCheetah and of `grpo.py` with the language model SmolLM2-135M, and "
             "the reward of `dpo.py` beside the best possible reward")
     if old:
-        text += ("; these panels were measured with earlier versions of the scripts: "
-                 f"{', '.join(old)} ([details]({results_page}#learning-curves))")
+        text += (f". Measured with earlier versions of the scripts: {', '.join(old)} "
+                 f"([details]({results_page}#learning-curves))")
     return f"{text}.*"
 
 
@@ -171,10 +171,10 @@ def language_results():
         own, other = (median([row for row in speed if row["contestant"] == f"{who} float32"],
                              "seconds_per_step") for who in (name, "trl"))
         yield (f"| addition task{marked(cartpole.note(f'{name}.json', 'default'))} "
-               f"| `python {name}.py` | accuracy {ppo.plot.iqm(scores):.3f} "
+               f"| `python {name}.py` | accuracy {statistics.mean(scores):.3f} "
                f"(range {min(scores):.3f} to {max(scores):.3f}) | {len(rows)} "
-               f"| — | {median(rows, 'seconds'):.0f} | {peer}: a step of SmolLM2-135M in float32 "
-               f"takes {other / own:.1f} times as long |")
+               f"| — | {median(rows, 'seconds'):.0f} | for a step of SmolLM2-135M in float32, "
+               f"{peer} needs {other / own:.1f} times as long |")
 
 
 def results():
@@ -190,8 +190,8 @@ def result_notes():
     parts |= {f"addition task, {name}.py": (f"{name}.json", "default") for name in PEERS}
     notes = {what: cartpole.note(*entry) for what, entry in parts.items()}
     shown = results()
-    return "\n".join(f"† {what}: {note}.\n" for what, note in notes.items()
-                     if note and what.split(",")[0] in shown).rstrip()
+    notes = {what: note for what, note in notes.items() if what.split(",")[0] in shown}
+    return "\n\n".join(f"† {text}." for text in cartpole.grouped_notes(notes))
 
 
 def mutants():
@@ -278,8 +278,8 @@ def expected_of_language(name):
     """Lines for the docstring of grpo.py or dpo.py: its default run, and a step of a real model."""
     rows = language_rows(name)
     lowest = min(float(row["greedy_after"]) for row in rows)
-    yield (f"    default: {mean(rows, 'greedy_before'):.2f} -> {mean(rows, 'greedy_after'):.2f} "
-           f"(lowest {lowest:.2f}), {median(rows, 'seconds'):.0f} s")
+    yield (f"    default: {mean(rows, 'greedy_before'):.3f} -> {mean(rows, 'greedy_after'):.3f} "
+           f"(lowest {lowest:.3f}), {median(rows, 'seconds'):.0f} s")
     work = {"grpo": "16 completions of 32 tokens", "dpo": "16 pairs of 64 to 128 tokens"}[name]
     with (BENCHMARKS / f"{name}_speed.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["contestant"] == f"{name} float32"]

@@ -31,7 +31,8 @@ ablations, cartpole, curves, dpo, grpo, mutants, ppo, readme, tasks = map(import
 
 LADDER = ["reinforce", "reinforce_baseline", "actor_critic", "ppo", "grpo", "dpo"]
 BELOW = re.compile(r"\n# --- The algorithm ends here")
-TAGGED = re.compile(r"\s*(.*\S)\s{2,}# ((?:\(\d|\[C).*)")  # a line of code and its tag
+# A line of code and its tag; a shape may come before the tag.
+TAGGED = re.compile(r"\s*(.*\S)\s{2,}# (?:\([A-Z], ?\) +)?((?:\(\d|\[C).*)")
 INTRO = """# Bug list
 
 After this page you know:
@@ -64,10 +65,10 @@ def read_script(name):
     return (ROOT / f"{name}.py").read_text()
 
 
-def algorithm(name):
-    """(number, line) of a script's lines from the first function to the end of train."""
+def algorithm(name, to_the_end=False):
+    """(number, line) of a script's lines from the first function to the end of train, or of all."""
     source = read_script(name)
-    lines = source[:BELOW.search(source).start()].rstrip().split("\n")
+    lines = (source if to_the_end else source[:BELOW.search(source).start()]).rstrip().split("\n")
     first = next(i for i, line in enumerate(lines) if line.startswith("def "))
     return list(enumerate(lines, 1))[first:]
 
@@ -108,7 +109,7 @@ def line(name, *tag):
 def choices(name):
     """A table of the lines with the letter of a choice, sorted by letter."""
     rows = []
-    for number, text in algorithm(name):
+    for number, text in algorithm(name, to_the_end=True):
         if (match := TAGGED.fullmatch(text)) and (letters := re.findall(r"\[C(\d+)\]", match[2])):
             shown = " ".join(f"[C{letter}]" for letter in letters)
             rows.append((int(letters[0]), number, f"| {shown} | {number} | {cell(match[1])} |"))
@@ -204,10 +205,12 @@ def control_results(name):
     if name == "ppo":
         notes = {task: cartpole.note("ppo.json", task) for task, *_ in ppo.TASKS}
         parts += ["In the next table a run uses all its steps, and the score is that at the end. "
-                  "A goal does not stop a run here; it only shows how good a score is. Tasks of "
-                  "the table above have a stricter goal here. The first seed is 11.",
+                  "A goal does not stop a run here; it only shows how good a score is, so it may "
+                  "be stricter than in the table above. The seeds are 11 to 20, or 11 to 13. The "
+                  "interquartile mean is that of the middle half of the seeds, the interval a "
+                  "bootstrap interval.",
                   of_commands(ppo.score_table()),
-                  *(f"*Note on {task}: {note}.*" for task, note in notes.items() if note)]
+                  *(f"*{text}.*" for text in cartpole.grouped_notes(notes))]
     return parts
 
 

@@ -229,6 +229,11 @@ def test_every_layout_has_a_file():
     ({"prompt": "Hi", "chosen": question("", "a")[1:], "rejected": question("", "b")[1:]},
      (CHAT.format("Hi"), "a", "b")),
     ({"prompt": question("Hi"), "chosen": "a", "rejected": "b"}, (CHAT.format("Hi"), "a", "b")),
+    # Whole conversations repeat the prompt; a text is ignored, as it may be formatted otherwise.
+    ({"prompt": question("Hi"), "chosen": question("Hi", "a"), "rejected": question("Hi", "b")},
+     (CHAT.format("Hi"), "a", "b")),
+    ({"prompt": " hi", "chosen": question("Hi", "a"), "rejected": question("Hi", "b")},
+     (CHAT.format("Hi"), "a", "b")),
     # The common beginning of two answers is not part of the prompt.
     ({"chosen": "Say hi\nTom", "rejected": "Say hi\nTim"}, ("Say hi", "\nTom", "\nTim")),
     ({"chosen": "Say hi\n!", "rejected": "Say hi\n?"}, ("Say hi", "\n!", "\n?")),
@@ -268,6 +273,8 @@ def test_an_answer_of_several_turns_is_trained_to_its_last_stop_token(chatml):
     ({"chosen": question("Hi", "a") + question("x"),
       "rejected": question("Hi", "a") + question("y")}, "begin with a message"),
     ({"chosen": "left", "rejected": "right"}, "prompt is empty"),
+    ({"prompt": question("Hi"), "chosen": question("Ho", "a"), "rejected": question("Ho", "b")},
+     "does not begin with the messages of `prompt`"),
     ({"prompt": "Hi", "chosen": [{"role": "gpt", "content": "a"}], "rejected": "b"}, "system"),
 ])
 def test_bad_pairs_are_named(row, words, chatml):

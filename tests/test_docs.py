@@ -104,6 +104,23 @@ def test_columns_and_flags_in_symptoms_exist(name):
         assert re.search(rf"\b{word}\b", source), code
 
 
+SHORT = {
+    "grpo": {"pretrain_steps": 1, "max_steps": 1, "batch_size": 8, "eval_prompts": 4},
+    "dpo": {"pretrain_steps": 1, "max_steps": 1, "batch_size": 8, "train_pairs": 20,
+            "eval_pairs": 4},
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_page_names_the_columns_of_metrics(name, tmp_path):
+    script = importlib.import_module(name)
+    flags = SHORT.get(name, {"total_timesteps": 2_500})
+    script.train(script.Args(run_dir=str(tmp_path), device="cpu", **flags))
+    header = (tmp_path / "metrics.csv").read_text().split("\n")[0].split(",")
+    section = text_of(name).split("\n## Columns of metrics.csv\n")[1].split("\n## ")[0]
+    assert set(re.findall(r"`(\w+)`", section)) == set(header)
+
+
 def anchor(heading):
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 

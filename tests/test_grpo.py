@@ -1073,6 +1073,8 @@ def call(capsys, *args, reward=judge):
         (["--model", "/nowhere/at/all", "--data", "x"], ["--data x", "no such file"]),
         (["--num-generations", 1], ["--num-generations"]),
         (["--temperature", 0], ["--temperature"]),
+        (["--num-iterations", 0], ["--num-iterations"]),
+        (["--eval-prompts", 0], ["--eval-prompts"]),
         (["--data", "/nowhere.jsonl"], ["--data", "--model"]),
         (["--resume", "/nowhere"], ["/nowhere", "not a run"]),
         (["--max-completion-length", 64, "--pretrain-steps", 0], ["--max-completion-length 64"]),
