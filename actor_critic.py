@@ -248,7 +248,7 @@ def train(args):
                 episode_return[done] = 0
                 obs, valid = step["next_obs"], ~done  # the step after done only resets
             scores = torch.cat(scores)
-            scores = scores.mean(0, keepdim=True) if args.continuing else scores
+            scores = scores.mean(0, keepdim=True) if args.continuing and len(scores) else scores
             # The metrics are those of the last step, where δ is 0 for a reset.
             log.write(args.log_every * args.num_envs, scores, average_reward=r_bar, grad_norm=norm,
                       squared_td_error=delta.square().mean(), entropy=pi.entropy().mean())

@@ -300,14 +300,16 @@ def train(args):
     with Logger(args, model, optimizer) as log:  # --resume: loads model and optimizer
         pairs, heldout = load_pairs(args, tokenizer, model, log.dir)
         num_steps, eval_every = plan(pairs, heldout, tokenizer, args)
-        data_hash = hashlib.sha256(repr(heldout + pairs).encode()).hexdigest()
+        tokens = [bytes(ids) for pair in heldout + pairs for ids in pair]
+        data_hash = hashlib.sha256(b"".join(tokens)).hexdigest()
         if log.ref_logprob is None:  # a new run, or one that ended before this was computed
             log.data_hash = data_hash
             log.before = None if args.model else evaluate_sums(model, tokenizer, None, args)
             log.ref_logprob = (torch.zeros(len(heldout + pairs), 2) if args.reference_free
                                else score_pairs(model, heldout + pairs, args))    # [C2]
         elif log.data_hash != data_hash:
-            raise SystemExit(f"--resume {args.resume}: the pairs have other tokens now")
+            raise SystemExit(f"--resume {args.resume}: the pairs have other tokens now; if the "
+                             "chat template adds today's date, set it with --chat-template-kwargs")
         heldout_ref, ref_logprob = log.ref_logprob.split([len(heldout), len(pairs)])
         log.bar.total = num_steps
         while not log.stopped() and log.step < num_steps:
@@ -607,8 +609,7 @@ def make_model(config, weights, device, args):
 def save_model(folder, model, tokenizer):
     """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer open.
 
-    Adapters are merged. The folder is renamed when it is complete, so that an error, such as a full
-    disk, leaves no partial one. All processes must take part.
+    Adapters are merged. All processes must take part.
     """
     from safetensors.torch import save_file
 
@@ -620,16 +621,12 @@ def save_model(folder, model, tokenizer):
     for name in [name for name in state if "lora_b" in name]:
         lora_a, base = name.replace("lora_b", "lora_a"), name.replace("lora_b", "weight")
         weights[base] = weights[base] + LORA_SCALE * state[name] @ state[lora_a]
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(weights, partial / "model.safetensors", {"format": "pt"})
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     config = {name: value for name, value in model.config.items() if name != "rope"}
     config |= {"dtype": "float32", "torch_dtype": "float32"}
-    (partial / "config.json").write_text(json.dumps(config, indent=2))
-    tokenizer.save(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    tokenizer.save(folder)
 
 
 # --- Tokenizer and chat template ---
@@ -680,6 +677,7 @@ class Tokenizer:
         jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
+        jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # not for HTML
         # Some templates mark what an assistant says, with tags that only transformers knows.
         source = re.sub(r"({%-?\s*)generation(\s*-?%})", r"\1if true\2", self.template_source)
         source = re.sub(r"({%-?\s*)endgeneration(\s*-?%})", r"\1endif\2", source)
@@ -711,10 +709,12 @@ class Tokenizer:
         return self.tokenizer.decode(tokens, skip_special_tokens)
 
     def save(self, folder):
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                     "generation_config.json", "chat_template.jinja"):
-            if (self.folder / name).exists():
-                shutil.copy(self.folder / name, folder)
+        for pattern in ("*token*.json", "chat_template.jinja"):
+            for path in self.folder.glob(pattern):
+                shutil.copy(path, folder)
+        # With the token that ends the turns of the chat template, see load_template.
+        generation = self.read_json("generation_config.json") | {"eos_token_id": self.stop_ids}
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
 
 
 def check_messages(name, messages):
@@ -888,9 +888,9 @@ def read_rows(path, check, skip_bad_rows):
     opener = gzip.open if str(path).endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
-            text = file.read()
-        is_array = text.lstrip().startswith("[")
-        items = json.loads(text) if is_array else text.split("\n")
+            lines = file.readlines()
+        is_array = next(filter(str.strip, lines), "").lstrip().startswith("[")
+        items = json.loads("".join(lines)) if is_array else lines
     except (OSError, EOFError, ValueError) as error:
         raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
     rows, bad = [], Counter()
@@ -1170,7 +1170,8 @@ def load_checkpoint(folder):
 
 
 # The attributes of Logger that a checkpoint keeps.
-PROGRESS = ("step", "seconds", "score", "before", "heldout", "ref_logprob", "data_hash")
+PROGRESS = ("step", "seconds", "score", "before", "heldout", "ref_logprob", "data_hash",
+            "wandb_id")
 
 
 class Logger:
@@ -1185,11 +1186,12 @@ class Logger:
         self.args, self.model, self.optimizer = args, model, optimizer
         self.step, self.seconds, self.score = 0, 0.0, math.nan
         self.before, self.heldout, self.ref_logprob, self.data_hash = None, {}, None, None
-        self.wandb, self.interrupted = None, False
+        self.wandb, self.wandb_id, self.interrupted = None, None, False
         task = Path(args.data).stem or "addition"
-        name = [f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
+        name = f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = [f"{name}-{os.getpid()}"]
         if dist.is_initialized():
-            dist.broadcast_object_list(name)  # the clocks may differ
+            dist.broadcast_object_list(name)  # that of process 0
         self.dir = Path(args.resume or args.run_dir or f"runs/{name[0]}")
         if args.resume:
             self.load()
@@ -1210,7 +1212,8 @@ class Logger:
             import wandb
 
             self.wandb = wandb.init(project=args.wandb_project, name=self.dir.name,
-                                    id=self.dir.name, resume="allow", config=asdict(args))
+                                    id=self.wandb_id, resume="allow", config=asdict(args))
+            self.wandb_id = self.wandb.id
 
     def interrupt(self, *_):
         """Stop after this batch, at Ctrl-C; a second Ctrl-C stops at once."""

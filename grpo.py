@@ -819,8 +819,7 @@ def full_tensor(tensor):
 def save_model(folder, model, tokenizer):
     """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer open.
 
-    Adapters are merged. The folder is renamed when it is complete, so that an error, such as a full
-    disk, leaves no partial one. All processes must take part.
+    Adapters are merged. All processes must take part.
     """
     from safetensors.torch import save_file
 
@@ -832,16 +831,12 @@ def save_model(folder, model, tokenizer):
     for name in [name for name in state if "lora_b" in name]:
         lora_a, base = name.replace("lora_b", "lora_a"), name.replace("lora_b", "weight")
         weights[base] = weights[base] + LORA_SCALE * state[name] @ state[lora_a]
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(weights, partial / "model.safetensors", {"format": "pt"})
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     config = {name: value for name, value in model.config.items() if name != "rope"}
     config |= {"dtype": "float32", "torch_dtype": "float32"}
-    (partial / "config.json").write_text(json.dumps(config, indent=2))
-    tokenizer.save(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    tokenizer.save(folder)
 
 
 # --- Tokenizer and chat template ---
@@ -892,6 +887,7 @@ class Tokenizer:
         jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
+        jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # not for HTML
         # Some templates mark what an assistant says, with tags that only transformers knows.
         source = re.sub(r"({%-?\s*)generation(\s*-?%})", r"\1if true\2", self.template_source)
         source = re.sub(r"({%-?\s*)endgeneration(\s*-?%})", r"\1endif\2", source)
@@ -923,10 +919,12 @@ class Tokenizer:
         return self.tokenizer.decode(tokens, skip_special_tokens)
 
     def save(self, folder):
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                     "generation_config.json", "chat_template.jinja"):
-            if (self.folder / name).exists():
-                shutil.copy(self.folder / name, folder)
+        for pattern in ("*token*.json", "chat_template.jinja"):
+            for path in self.folder.glob(pattern):
+                shutil.copy(path, folder)
+        # With the token that ends the turns of the chat template, see load_template.
+        generation = self.read_json("generation_config.json") | {"eos_token_id": self.stop_ids}
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
 
 
 def check_messages(name, messages):
@@ -1040,9 +1038,9 @@ def read_rows(path, check, skip_bad_rows):
     opener = gzip.open if str(path).endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
-            text = file.read()
-        is_array = text.lstrip().startswith("[")
-        items = json.loads(text) if is_array else text.split("\n")
+            lines = file.readlines()
+        is_array = next(filter(str.strip, lines), "").lstrip().startswith("[")
+        items = json.loads("".join(lines)) if is_array else lines
     except (OSError, EOFError, ValueError) as error:
         raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
     rows, bad = [], Counter()
@@ -1100,8 +1098,9 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?"  # a minus, but not that of 10-5
 
 def final_answer(text):
     """Return the marked answer in a text, see default_reward, and True; or the text and False."""
-    text = re.sub(r"\\?[$%]", "", text).replace("\u2212", "-")  # $ and % do not count; minus sign
-    text = re.sub(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
+    text = re.sub(r"\\?[$%]", "", text)  # $ and % do not count
+    text = text.replace("\u2212", "-").replace("{,}", ",")  # a minus sign; 1{,}000 in LaTeX
+    text = re.sub(r"(?<!\d)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
     boxed, open_braces = None, []  # where the content of each open brace begins
     for match in re.finditer(r"\\boxed\{|[{}]", text):
         if match[0] != "}":
@@ -1316,7 +1315,7 @@ def load_checkpoint(folder):
     return torch.load(Path(folder) / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
 
 
-PROGRESS = ("step", "seconds", "score")  # the attributes of Logger that a checkpoint keeps
+PROGRESS = ("step", "seconds", "score", "wandb_id")  # attributes that a checkpoint keeps
 
 
 class Logger:
@@ -1330,10 +1329,10 @@ class Logger:
     def __init__(self, args, model, optimizer, pretrained):
         self.args, self.model, self.optimizer, self.pretrained = args, model, optimizer, pretrained
         self.step, self.seconds, self.score = 0, 0.0, math.nan
-        self.wandb, self.interrupted = None, False
+        self.wandb, self.wandb_id, self.interrupted = None, None, False
         task = Path(args.data).stem or "addition"
         name = f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir = Path(args.resume or args.run_dir or f"runs/{name}")  # used by process 0
+        self.dir = Path(args.resume or args.run_dir or f"runs/{name}-{os.getpid()}")  # of process 0
         if args.resume:
             self.load()
         elif get_rank() == 0 and (self.dir / "checkpoint.pt").exists():
@@ -1356,7 +1355,8 @@ class Logger:
             import wandb
 
             self.wandb = wandb.init(project=args.wandb_project, name=self.dir.name,
-                                    id=self.dir.name, resume="allow", config=asdict(args))
+                                    id=self.wandb_id, resume="allow", config=asdict(args))
+            self.wandb_id = self.wandb.id
 
     def interrupt(self, *_):
         """Stop after this batch, at Ctrl-C; a second Ctrl-C stops at once."""

@@ -164,22 +164,21 @@ def running_sums(reward, done, last_sum, gamma):
     return sums, last_sum
 
 
-def all_reduce_mean(tensor):
-    """Replace the tensor by its mean over all processes, in place; return it."""
+def all_reduce_sum(tensor):
+    """Replace the tensor by its sum over all processes, in place; return it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
     return tensor
 
 
 def moments(rows):
-    """Return the mean number of rows of a process, and mean and variance of the rows of all.
+    """Return the number of rows of all processes, and their mean and variance.
 
     rows: (R, ...), those of this process.
     """
-    count = all_reduce_mean(torch.tensor(float(len(rows)), device=rows.device))
-    mean = all_reduce_mean(rows.sum(0)) / count
-    return count, mean, all_reduce_mean((rows - mean).square().sum(0)) / count
+    count = all_reduce_sum(torch.tensor(float(len(rows)), device=rows.device))
+    mean = all_reduce_sum(rows.sum(0)) / count
+    return count, mean, all_reduce_sum((rows - mean).square().sum(0)) / count
 
 
 class RunningMoments(nn.Module):
@@ -194,6 +193,7 @@ class RunningMoments(nn.Module):
     def update(self, rows):
         """Merge rows (R, *shape); every process must call this, each with its own rows."""
         count, mean, var = moments(rows)
+        assert var.isfinite().all(), "an observation or a reward is not finite"
         weight, delta = count / (self.count + count), mean - self.mean
         self.var += weight * (var - self.var) + weight * (1 - weight) * delta**2
         self.mean += weight * delta
@@ -355,7 +355,7 @@ def update(agent, optimizer, batch, args):
 
         log_ratio = (logprob - rows["logprob"]).detach()
         ratio = log_ratio.exp()
-        approx_kl = all_reduce_mean((ratio - 1 - log_ratio).mean())               # [C6]
+        _, approx_kl, _ = moments(ratio - 1 - log_ratio)  # of all processes      # [C6]
         metrics = {"policy_loss": loss_pi, "value_loss": loss_v, "entropy": entropy,
                    "approx_kl": approx_kl, "grad_norm": grad_norm,
                    "clip_fraction": ((ratio - 1).abs() > args.clip_coef).float().mean()}
@@ -451,8 +451,7 @@ def parse_args():
         raise SystemExit(f"{folder}: not a run of this script: {error!r:.150}") from error
     args = tyro.cli(Args, default=saved)
     if (args.env_id, args.norm_obs) != (saved.env_id, saved.norm_obs):
-        raise SystemExit(f"{folder}: has --env-id {saved.env_id} and norm_obs {saved.norm_obs}; "
-                         "these cannot change")
+        raise SystemExit(f"{folder}: --env-id and --norm-obs must be those of this run")
     return args
 
 
@@ -486,10 +485,10 @@ def seed_everything(*numbers):
 
 def all_gather(values):
     """Return the values (R,) of all processes as a list."""
-    if not dist.is_initialized():
-        return values.tolist()
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, values.tolist())
+    parts = [values.tolist()]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, values.tolist())
     return [value for part in parts for value in part]
 
 
@@ -659,7 +658,8 @@ def load_checkpoint(folder):
     return torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
 
 
-PROGRESS = ("step", "iteration", "seconds", "csv_size", "returns", "score")  # in a checkpoint
+# The attributes of Logger that a checkpoint keeps.
+PROGRESS = ("step", "iteration", "seconds", "csv_size", "returns", "score", "wandb_id")
 
 
 class Logger:
@@ -671,17 +671,17 @@ class Logger:
     def __init__(self, args, parts):
         self.args, self.parts, self.checkpoint, self.wandb = args, parts, None, None
         self.step, self.iteration, self.seconds, self.csv_size = 0, 0, 0.0, 0
-        self.returns, self.score = [], np.nan  # of the last 100 episodes
+        self.returns, self.score, self.wandb_id = [], np.nan, None  # of the last 100 episodes
         self.is_main = not dist.is_initialized() or dist.get_rank() == 0
         name = f"{Path(__file__).stem}-{args.env_id}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        name = name.replace("/", "-").replace(":", "-")
+        name = f"{name}-{os.getpid()}".replace("/", "-").replace(":", "-")
         self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
         if args.resume:
             saved = load_checkpoint(args.resume)
             vars(self).update(saved["progress"])
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-        elif self.is_main and (self.dir / "checkpoint.pt").exists():
+        elif self.is_main and (self.dir / "metrics.csv").exists():
             raise SystemExit(f"--run-dir {self.dir}: holds a run already; choose another folder")
         self.start = time.perf_counter() - self.seconds
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps",
@@ -697,7 +697,8 @@ class Logger:
             import wandb
 
             self.wandb = wandb.init(project=args.wandb_project, name=self.dir.name,
-                                    id=self.dir.name, resume="allow", config=asdict(args))
+                                    id=self.wandb_id, resume="allow", config=asdict(args))
+            self.wandb_id = self.wandb.id
 
     def reached(self, goal):
         """Whether goal is not None, 100 episodes have ended, and the score is at least goal."""

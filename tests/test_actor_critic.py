@@ -376,6 +376,19 @@ def test_continuing_score_excludes_reset_steps(monkeypatch):
     assert (scores[0] > 0.9).all() and (scores[0] < 1.5).all(), "rewards are from 0 to 2"
 
 
+def test_continuing_score_stays_when_all_environments_reset(monkeypatch):
+    """With a row for each step, no reward may have come since the last row."""
+    class Together(Interrupted):
+        def step(self, action):
+            obs, reward, terminated, _, info = super().step(action)
+            self.t = getattr(self, "t", 0) + 1
+            return obs, reward, terminated, np.full_like(terminated, self.t % 2 == 1), info
+
+    rows, _ = train_on(Together, monkeypatch, 0.0, continuing=True, log_every=1)
+    assert [len(returns) for _, returns, _ in rows] == [1, 0, 1]
+    assert all(returns.isfinite().all() for _, returns, _ in rows)
+
+
 def test_average_reward_moves_by_the_mean_error_of_valid_steps(monkeypatch):
     """With step size 1 and values 0, the first update sets it to the mean reward."""
     class Zero(actor_critic.Value):

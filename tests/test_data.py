@@ -136,6 +136,33 @@ def test_values_for_the_template_replace_others(script, tmp_path):
     assert script.Tokenizer(folder, {"tools": [1]}).render(question("Hi"), True) == "[1] None"
 
 
+def test_json_in_a_template_is_as_in_transformers(script, tmp_path):
+    folder = make_folder(tmp_path, "chatml")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages if m.tool_calls %}{{ m.tool_calls | tojson }} "
+        "{{ m.tool_calls | tojson(indent=2) }}{% endfor %}")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    call = {"z": "Zürich's <b>", "a": 1}
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    expected = theirs.apply_chat_template(messages, tokenize=False)
+    assert "Zürich's <b>" in expected
+    assert script.Tokenizer(folder, {}).render(messages, False) == expected
+
+
+def test_saved_model_stops_at_the_tokens_that_training_stopped_at(script, tmp_path):
+    """A base model whose chat template ends turns with another token than its files name."""
+    folder = make_folder(tmp_path / "base", "qwen", eos="<|end_of_text|>")
+    (folder / "generation_config.json").write_text(json.dumps(
+        {"eos_token_id": 256, "temperature": 0.5}))
+    tokenizer = script.Tokenizer(folder, {})
+    prompt_ids(script, tokenizer, question("Hi"))
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    generation = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": [256, 258], "temperature": 0.5}
+    assert script.Tokenizer(tmp_path / "saved", {}).stop_ids == [256, 258]
+
+
 def test_template_may_refuse_the_conversation_that_shows_the_stop_token(script, tmp_path):
     folder = make_folder(tmp_path, "chatml")
     path = folder / "chat_template.jinja"
@@ -430,7 +457,8 @@ REWARDS = [
     (r"5 + \boxed{13 + 5 = 18}", "18", 0),
     ("Tom has 20-2=<<20-2=18>>18.\n#### 18", "20 - 2 = 18\n#### 18", 1),
     (r"\boxed{\frac{\sqrt{2}}{3}} is it", r"\frac{\sqrt{2}}{3}", 1),
-    (r"\boxed{\frac{1}{2}}", ".5", 1),
+    (r"\boxed{\frac{1}{2}}", ".5", 1), (r"\boxed{10.5}", r"2\frac{1}{2}", 0),
+    (r"\boxed{2\frac{1}{2}}", r"2\frac{1}{2}", 1), (r"\boxed{1{,}000}", "1000", 1),
     (r"\boxed{\frac{1}{2}}", "2", 0), (r"\boxed{10^2}", "2", 0), (r"\boxed{1,2,3}", "3", 0),
     (r"\boxed{18} then \boxed{unclosed", "18", 1), (r"{\boxed{5}}", "5", 1), ("}5", "5", 1),
     (r"\boxed{}", "5", 0), ("####", "5", 0),

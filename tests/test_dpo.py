@@ -1106,30 +1106,21 @@ def test_a_folder_that_holds_a_run_is_refused(llama, tmp_path, capsys):
                       (tmp_path / "metrics.csv").read_text())
 
 
-def test_a_full_disk_leaves_no_half_of_an_export(llama, tmp_path, capsys, monkeypatch):
-    """An older export stays as it was; the checkpoint has all batches."""
+def test_after_a_full_disk_the_run_can_be_exported_again(llama, tmp_path, capsys, monkeypatch):
+    """The checkpoint has all batches; the half of an export has no config.json."""
 
     def save_file(weights, path, metadata):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    def export():
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-            patch.setattr("safetensors.torch.save_file", save_file)
-            call(capsys, *command)
-
-    command = [*llama, "--max-steps", 2, "--run-dir", tmp_path]
-    export()
-    assert read_checkpoint(tmp_path)["progress"]["step"] == 2 and not (tmp_path / "model").exists()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr("safetensors.torch.save_file", save_file)
+        call(capsys, *llama, "--max-steps", 2, "--run-dir", tmp_path)
+    assert read_checkpoint(tmp_path)["progress"]["step"] == 2
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["model.safetensors"]
     assert call(capsys, "--resume", tmp_path)[0] == 0
-    before = (tmp_path / "model" / "model.safetensors").read_bytes()
-    command = ["--resume", tmp_path]
-    export()
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
-    assert (tmp_path / "model.partial" / "model.safetensors").read_bytes() == b"half"
-    assert call(capsys, "--resume", tmp_path)[0] == 0
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
-    assert not (tmp_path / "model.partial").exists()
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() != b"half"
+    assert (tmp_path / "model" / "config.json").exists()
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(llama, tmp_path, capsys, monkeypatch):

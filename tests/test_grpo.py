@@ -1328,15 +1328,15 @@ def test_speed_is_logged_in_tokens_per_second(tmp_path, capsys):
 def test_tracking(tmp_path, capsys, monkeypatch):
     """The rows go to wandb; a resumed run goes on under its id."""
     rows, runs = [], []
-    fake = SimpleNamespace(init=lambda **settings: (
-        runs.append(settings), SimpleNamespace(log=lambda row, step: rows.append(row)))[1])
+    fake = SimpleNamespace(init=lambda **settings: (runs.append(settings), SimpleNamespace(
+        id=settings["id"] or "new", log=lambda row, step: rows.append(row)))[1])
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run = tmp_path / "run"
     assert call(capsys, *SHORT, "--max-steps", 2, "--track", "--run-dir", run)[0] == 0
     assert call(capsys, "--resume", run, "--max-steps", 3)[0] == 0
     assert [row["step"] for row in rows] == [1, 2, 3] and "reward" in rows[0]
     assert [(r["id"], r["resume"], r["project"]) for r in runs] == [
-        ("run", "allow", "policy-gradients")] * 2
+        (id_, "allow", "policy-gradients") for id_ in (None, "new")]
 
 
 def test_short_run_learns_and_one_without_steps_does_not(tmp_path, capsys, monkeypatch):

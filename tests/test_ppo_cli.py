@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -177,8 +178,8 @@ def test_checkpoint_cannot_run_code(tmp_path, monkeypatch):
 
 def test_another_environment_or_normalization_cannot_be_resumed(tmp_path):
     ppo.train(ppo.Args(run_dir=str(tmp_path), total_timesteps=2_048))
-    assert "--env-id CartPole-v1" in refused("--resume", tmp_path, "--env-id", "Acrobot-v1")
-    assert "norm_obs True" in refused("--resume", tmp_path, "--no-norm-obs")
+    for flags in (["--env-id", "Acrobot-v1"], ["--no-norm-obs"]):
+        assert "--env-id and --norm-obs must be" in refused("--resume", tmp_path, *flags)
 
 
 # Logging
@@ -209,6 +210,29 @@ def test_the_default_folder_names_environment_and_seed(tmp_path, monkeypatch):
     call("--env-id", "toys:Chosen-v0", "--total-timesteps", 2_048, "--seed", 7)
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("ppo-toys-Chosen-v0-7-20")
+    assert folder.name.endswith(f"-{os.getpid()}"), "two runs may start in the same second"
+
+
+def test_a_folder_of_another_script_is_refused(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,seconds,score\n1,1,1\n")
+    with pytest.raises(SystemExit, match="holds a run already"):
+        call("--run-dir", tmp_path, "--total-timesteps", 2_048)
+    assert (tmp_path / "metrics.csv").read_text() == "step,seconds,score\n1,1,1\n"
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path, monkeypatch):
+    runs = []
+
+    def init(**settings):
+        runs.append(settings)
+        return SimpleNamespace(id=settings["id"] or f"new{len(runs)}", log=lambda *_, **__: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for folder in ("a/run", "b/run"):
+        call("--track", "--run-dir", tmp_path / folder, "--total-timesteps", 2_048)
+        call("--resume", tmp_path / folder, "--total-timesteps", 4_096)
+    assert [settings["id"] for settings in runs] == [None, "new1", None, "new3"]
+    assert all(settings["resume"] == "allow" for settings in runs)
 
 
 @pytest.mark.slow
@@ -342,6 +366,19 @@ def test_values_that_are_not_finite_stop_the_run_and_are_not_saved(tmp_path):
         call("--env-id", "toys:BrokenReward-v0", "--num-envs", 4, "--num-minibatches", 2,
              "--run-dir", tmp_path, "--no-norm-reward")
     assert all(value.isfinite().all() for value in load(tmp_path)["agent"].values())
+
+
+def test_an_observation_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
+    """The policy gets clipped values, so only the running moments would show it."""
+    import toys
+
+    toys.BrokenSensor.steps = 0
+    with pytest.raises(AssertionError, match="not finite"):
+        call("--env-id", "toys:BrokenSensor-v0", "--num-envs", 4, "--num-minibatches", 2,
+             "--run-dir", tmp_path)
+    agent = load(tmp_path)["agent"]
+    assert agent["obs_moments.count"] > 0
+    assert all(value.isfinite().all() for value in agent.values())
 
 
 def test_rank_variable_without_torchrun_is_ignored(tmp_path, monkeypatch):

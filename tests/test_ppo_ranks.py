@@ -83,7 +83,7 @@ def test_two_processes_get_the_weights_of_one(tmp_path, target_kl, monkeypatch):
     moments = ppo.RunningMoments((3,))
     moments.update(obs)
     moments.update(obs * 3)
-    for name in ("mean", "var"):
+    for name in ("count", "mean", "var"):
         torch.testing.assert_close(scale[name], getattr(moments, name), atol=1e-6, rtol=1e-5)
     assert gathered == batch["target"][0::2].tolist() + batch["target"][1::2].tolist()
 

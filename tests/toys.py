@@ -120,6 +120,17 @@ class BrokenReward(Toy):
         )
 
 
+class BrokenSensor(Toy):
+    """From step 300 on, the observation is infinite."""
+
+    steps = 0
+
+    def step(self, action):
+        BrokenSensor.steps += 1
+        self.t += 1
+        return self.see(np.inf if BrokenSensor.steps > 300 else 0), 1.0, self.t == 5, False, {}
+
+
 class BrokenObservation(Toy):
     """The observation is infinite from the start."""
 
@@ -158,6 +169,7 @@ for kind in (
     Target,
     FarTarget,
     BrokenReward,
+    BrokenSensor,
     BrokenObservation,
     Switches,
     Speaking,
