@@ -32,8 +32,8 @@ Implementation choices:
        DPO-norm   −log σ(βΔ')                         β 5           2411.15124
        SimPO      −log σ(βΔ' − γ), without π_ref      β 2, γ 1      2405.14734
        RPO        −log σ(βΔ) − α log π(y_w) / |y_w|   β 0.1, α 1    2404.19733
-     cDPO is --label-smoothing ε, IPO --loss-type ipo, DPO-norm --length-normalize, SimPO the same
-     with --reference-free --gamma-margin γ, RPO --nll-coef α.
+     cDPO is --label-smoothing ε, IPO --loss-type ipo, DPO-norm --length-normalize, SimPO
+     --length-normalize --reference-free --gamma-margin γ, RPO --nll-coef α.
 [C2] log π_ref is computed once, before training: two numbers per pair, one model in memory.
 [C3] The learning rate rises in the first batches and then falls linearly to 0.
 [C4] Prompt and answer are tokenized separately, so no token spans both. Tokenizers that add a space
@@ -123,7 +123,7 @@ class Args:
     nll_coef: float = 0.0  # coefficient of the negative log-likelihood of chosen, per token [C1]
     train_pairs: int = 25_000  # pairs to make for the tiny GPT
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before DPO
-    eval_every: int = 20  # batches between evaluations; 0: they take about 5 % of the time
+    eval_every: int = 20  # batches between evaluations; 0: so that they take about 5 % of the time
     eval_pairs: int = 256  # held-out pairs, at most a tenth of the data
     micro_batch_size: int = 256  # pairs per forward and backward pass; changes only memory [C5]
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
@@ -153,7 +153,10 @@ def preference_loss(logprob, ref_logprob, beta, loss_type, label_smoothing=0.0, 
 
 
 def best_policy(ref_logprob, reward, beta):
-    """Compute log π* (..., Y) of all Y answers from their log π_ref and rewards (..., Y)."""
+    """Compute log π* (..., Y) of all Y answers from their log π_ref and rewards (..., Y).
+
+    DPO does not need it. The tiny GPT, whose answers can be enumerated, is compared with it.
+    """
     return (ref_logprob + reward / beta).log_softmax(-1)                          # (4)
 
 
@@ -166,17 +169,14 @@ def target_logprobs(hidden, targets, weight):
 def token_logprobs(model, inputs, targets, mask, chunk_size=1024):
     """Compute log π of the targets where mask is True, 0 elsewhere; all (R, L).
 
-    Logits are computed in chunks of tokens. If there are several, the backward pass computes them
-    again, as those of all tokens, (K, V), would be the largest tensor by far.
+    Logits are computed in chunks of tokens, and again in the backward pass: those of all tokens,
+    (K, V), would be the largest tensor by far.
     """
     hidden = model(inputs)[mask]                                              # (K, D)
     # Used after model.forward: FSDP keeps the weights of the root module until the backward pass.
     weight = model.output_weight().to(hidden.dtype)
-    compute = target_logprobs
-    if len(hidden) > chunk_size:
-        compute = functools.partial(checkpoint, target_logprobs, use_reentrant=False)
-    logprobs = [compute(*chunk, weight) for chunk in
-                zip(hidden.split(chunk_size), targets[mask].split(chunk_size))]
+    logprobs = [checkpoint(target_logprobs, *chunk, weight, use_reentrant=False)
+                for chunk in zip(hidden.split(chunk_size), targets[mask].split(chunk_size))]
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, torch.cat(logprobs))
 
@@ -228,7 +228,7 @@ def pair_losses(logprob, ref_logprob, length, args):
 
 
 @torch.no_grad()
-def score_pairs(model, pairs, args, title="reference"):
+def compute_logprobs(model, pairs, args, title="reference"):
     """Compute log π of the answers of all pairs, (P, 2); the processes share the work."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     indices = by_length(pairs, range(len(pairs)))
@@ -240,7 +240,8 @@ def score_pairs(model, pairs, args, title="reference"):
         part = [pairs[i] for i in indices[start:start + args.micro_batch_size]]
         logprobs.append(answer_logprobs(model, part, args.device).cpu())
     result = torch.zeros(len(pairs), 2)
-    result[all_gather(torch.tensor(indices))] = all_gather(torch.cat(logprobs))
+    order = all_gather(torch.tensor(indices))
+    result[order] = all_gather(torch.cat(logprobs))
     return result
 
 
@@ -300,13 +301,13 @@ def train(args):
     with Logger(args, model, optimizer) as log:  # --resume: loads model and optimizer
         pairs, heldout = load_pairs(args, tokenizer, model, log.dir)
         num_steps, eval_every = plan(pairs, heldout, tokenizer, args)
-        tokens = [bytes(ids) for pair in heldout + pairs for ids in pair]
-        data_hash = hashlib.sha256(b"".join(tokens)).hexdigest()
+        token_bytes = [ids.tobytes() for pair in heldout + pairs for ids in pair]
+        data_hash = hashlib.sha256(b"".join(token_bytes)).hexdigest()
         if log.ref_logprob is None:  # a new run, or one that ended before this was computed
             log.data_hash = data_hash
             log.before = None if args.model else evaluate_sums(model, tokenizer, None, args)
             log.ref_logprob = (torch.zeros(len(heldout + pairs), 2) if args.reference_free
-                               else score_pairs(model, heldout + pairs, args))    # [C2]
+                               else compute_logprobs(model, heldout + pairs, args))    # [C2]
         elif log.data_hash != data_hash:
             raise SystemExit(f"--resume {args.resume}: the pairs have other tokens now; if the "
                              "chat template adds today's date, set it with --chat-template-kwargs")
@@ -345,7 +346,7 @@ def mean_metrics(logprob, ref_logprob, length, args):
 
     accuracy: how often the chosen answer has the higher reward. accuracy_longer: the same where it
     is the longer one; NaN if there are no such pairs. chosen_fell: how often log π of the chosen
-    answer is below its log π_ref, which the loss allows; NaN without a reference, when all are 0.
+    answer is below its log π_ref, which the loss allows; NaN without a reference.
     """
     loss = pair_losses(logprob, ref_logprob, length, args)
     if args.length_normalize:                                                     # [C1]
@@ -359,12 +360,12 @@ def mean_metrics(logprob, ref_logprob, length, args):
             "accuracy_shorter": correct[length[:, 0] < length[:, 1]].mean(),
             "reward_chosen": reward[:, 0].mean(), "reward_rejected": reward[:, 1].mean(),
             "logprob_chosen": logprob[:, 0].mean(), "logprob_rejected": logprob[:, 1].mean(),
-            "chosen_fell": fell.mean() if ref_logprob.any() else torch.tensor(math.nan)}
+            "chosen_fell": torch.tensor(math.nan) if args.reference_free else fell.mean()}
 
 
 def evaluate(model, pairs, ref_logprob, args):
     """Compute some metrics of held-out pairs; ref_logprob is (P, 2)."""
-    logprob = score_pairs(model, pairs, args, "evaluation")
+    logprob = compute_logprobs(model, pairs, args, "evaluation")
     metrics = mean_metrics(logprob, ref_logprob, answer_lengths(pairs, "cpu"), args)
     return {f"heldout_{name}": metrics[name].item()
             for name in ("loss", "accuracy", "margin", "chosen_fell")}
@@ -421,7 +422,7 @@ class Attention(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotate the halves of x (R, heads, L, E) by angles: cos and sin, (R or 1, 1, L, E/2)."""
+    """Rotate the halves of x (R, heads, L, E) by angles; cos and sin are like (R, 1, L, E/2)."""
     left, right = x.chunk(2, -1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
@@ -760,8 +761,8 @@ def load_pairs(args, tokenizer, model, folder):
                             args.skip_bad_rows), key=lambda row: row[0])
     num_heldout = max(min(args.eval_pairs, len(rows) // 10), 1) if args.data else args.eval_pairs
     limit, _ = rows[num_heldout - 1]
-    heldout = [pair for split, pair in rows if split <= limit]
-    pairs = [pair for split, pair in rows if split > limit]
+    heldout = [pair for prompt_hash, pair in rows if prompt_hash <= limit]
+    pairs = [pair for prompt_hash, pair in rows if prompt_hash > limit]
     if args.max_steps:
         pairs = pairs[:args.max_steps * args.batch_size]  # only those that are used
     if len(pairs) < args.batch_size:
@@ -879,10 +880,10 @@ def common_beginning(chosen, rejected):
     return turns[0] if turns else re.sub(r"\s*\S*\Z", "", common)
 
 
-def read_rows(path, check, skip_bad_rows):
-    """Return check(row) of all rows (dicts) of a file: JSON lines or a JSON array.
+def read_rows(path, convert, skip_bad_rows):
+    """Return convert(row) of all rows (dicts) of a file: JSON lines or a JSON array.
 
-    check raises ValueError for a bad row, which ends the run, or is counted if skip_bad_rows.
+    convert raises ValueError for a bad row, which ends the run, or is counted if skip_bad_rows.
     It returns None for a row that is too long.
     """
     opener = gzip.open if str(path).endswith(".gz") else open
@@ -902,7 +903,7 @@ def read_rows(path, check, skip_bad_rows):
                 row = row if is_array else json.loads(row)
             if not isinstance(row, dict):
                 raise ValueError("not a JSON object; expected JSON lines or a JSON array")
-            rows.append(check(row))
+            rows.append(convert(row))
         except ValueError as error:
             if not skip_bad_rows:
                 place = "item" if is_array else "line"
@@ -1260,7 +1261,7 @@ class Logger:
             torch.save(state, self.dir / "checkpoint.tmp")
             (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
         if dist.is_initialized():
-            dist.barrier()  # torchrun would end the first process with the others
+            dist.barrier()  # torchrun may end process 0 when the others leave
         self.saved_at = time.perf_counter()
 
     def load(self):

@@ -127,7 +127,7 @@ class Args:
     num_iterations: int = 1  # updates per batch
     mask_truncated_completions: bool = False  # do not learn from completions without stop token
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before GRPO
-    eval_every: int = 20  # batches between evaluations; 0: they take about 10 % of the time
+    eval_every: int = 20  # batches between evaluations; 0: so that they take about 10 % of the time
     eval_prompts: int = 256  # held-out prompts, at most a tenth of the data
     micro_batch_size: int = 1024  # rows per forward and backward pass; changes only memory [C5]
     sampling_batch_size: int = 1024  # rows to generate at a time: memory
@@ -181,9 +181,9 @@ def policy_loss(ratio, logprob, advantage, loss_type, epsilon, epsilon_high):
     logprob is (R, L), advantage (R,). token_weight has the weights for their sum.
     """
     advantage = advantage.unsqueeze(1)
-    if loss_type == "cispo":  # the clipped ratio is a weight: every token keeps its gradient
-        weight = ratio.clamp(max=1 + epsilon_high).detach()
-        return -weight * advantage * logprob
+    if loss_type == "cispo":  # the clipped ratio is only a weight: every token keeps its gradient
+        clipped_ratio = ratio.clamp(max=1 + epsilon_high).detach()
+        return -clipped_ratio * advantage * logprob
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
     return -torch.min(ratio * advantage, clipped * advantage)                 # (3), negated [C2]
 
@@ -219,17 +219,14 @@ def target_logprobs(hidden, targets, weight, temperature):
 def token_logprobs(model, inputs, targets, mask, temperature=1.0, chunk_size=1024):
     """Compute log π of the targets where mask is True, 0 elsewhere; all (R, L).
 
-    Logits are computed in chunks of tokens. If there are several, the backward pass computes them
-    again, as those of all tokens, (K, V), would be the largest tensor by far.
+    Logits are computed in chunks of tokens, and again in the backward pass: those of all tokens,
+    (K, V), would be the largest tensor by far.
     """
     hidden = model(inputs)[mask]                                              # (K, D)
     # Used after model.forward: FSDP keeps the weights of the root module until the backward pass.
     weight = model.output_weight().to(hidden.dtype)
-    compute = target_logprobs
-    if len(hidden) > chunk_size:
-        compute = functools.partial(checkpoint, target_logprobs, use_reentrant=False)
-    logprobs = [compute(*chunk, weight, temperature) for chunk in
-                zip(hidden.split(chunk_size), targets[mask].split(chunk_size))]
+    logprobs = [checkpoint(target_logprobs, *chunk, weight, temperature, use_reentrant=False)
+                for chunk in zip(hidden.split(chunk_size), targets[mask].split(chunk_size))]
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, torch.cat(logprobs))
 
@@ -328,14 +325,14 @@ def update(model, reference, optimizer, batch, args):
     loss_sum = torch.zeros((), device=weight.device)
     for iteration in range(args.num_iterations):
         optimizer.zero_grad()
-        for part in batch.micro_batches:  # slices of rows and of columns of tensors (R, L)
-            rows, _ = part
+        for rows, columns in batch.micro_batches:  # slices of the tensors (R, L)
+            part = rows, columns
             inputs, targets, mask = batch.inputs[part], batch.targets[part], batch.mask[part]
             logprob = token_logprobs(model, inputs, targets, mask, args.temperature)
             logprobs[part] = logprob.detach()
             if iteration == 0:
                 old_logprobs[part] = logprob.detach()                             # [C2]
-            if iteration == 0 and reference:
+            if iteration == 0 and reference:  # whose parameters have no gradients
                 ref_logprobs[part] = token_logprobs(reference, inputs, targets, mask,
                                                     args.temperature)
             ratio = importance_ratio(logprob, old_logprobs[part], mask,
@@ -347,7 +344,7 @@ def update(model, reference, optimizer, batch, args):
                     logprob, old_logprobs[part], ref_logprobs[part])
             loss = (loss * weight[part]).sum()
             if dist.is_initialized():  # add up the gradients of all processes after the last part
-                model.set_requires_gradient_sync(part is batch.micro_batches[-1])
+                model.set_requires_gradient_sync(part == batch.micro_batches[-1])
             loss.backward()
             loss_sum += loss.detach() / args.num_iterations
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm,
@@ -587,7 +584,7 @@ class Attention(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotate the halves of x (R, heads, L, E) by angles: cos and sin, (R or 1, 1, L, E/2)."""
+    """Rotate the halves of x (R, heads, L, E) by angles; cos and sin are like (R, 1, L, E/2)."""
     left, right = x.chunk(2, -1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
@@ -1029,10 +1026,10 @@ def plan_evaluations(num_heldout, args):
     return eval_every
 
 
-def read_rows(path, check, skip_bad_rows):
-    """Return check(row) of all rows (dicts) of a file: JSON lines or a JSON array.
+def read_rows(path, convert, skip_bad_rows):
+    """Return convert(row) of all rows (dicts) of a file: JSON lines or a JSON array.
 
-    check raises ValueError for a bad row, which ends the run, or is counted if skip_bad_rows.
+    convert raises ValueError for a bad row, which ends the run, or is counted if skip_bad_rows.
     It returns None for a row that is too long.
     """
     opener = gzip.open if str(path).endswith(".gz") else open
@@ -1052,7 +1049,7 @@ def read_rows(path, check, skip_bad_rows):
                 row = row if is_array else json.loads(row)
             if not isinstance(row, dict):
                 raise ValueError("not a JSON object; expected JSON lines or a JSON array")
-            rows.append(check(row))
+            rows.append(convert(row))
         except ValueError as error:
             if not skip_bad_rows:
                 place = "item" if is_array else "line"
@@ -1412,7 +1409,7 @@ class Logger:
             torch.save(state, self.dir / "checkpoint.tmp")
             (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
         if dist.is_initialized():
-            dist.barrier()  # torchrun would end the first process with the others
+            dist.barrier()  # torchrun may end process 0 when the others leave
         self.saved_at = time.perf_counter()
 
     def load(self):

@@ -8,8 +8,9 @@
 
 Play T steps in each of N environments. Estimate with a learned value function V how much better
 each action did than expected: its advantage Â. Then take several epochs of minibatch gradient steps
-on this batch. Once the ratio r_t of new to old probability of an action has left 1 ± ε in the
-direction that Â asks for, its gradient is 0. This keeps the policy near the one that played.
+on this batch. r_t is the ratio of the new to the old probability of an action. Once it is above
+1 + ε where Â > 0, or below 1 − ε where Â < 0, the action has no gradient. This keeps the policy
+near the one that played.
 Equation numbers refer to arXiv 1707.06347:
 
     r_t(θ) = π(a_t|s_t; θ) / π_old(a_t|s_t)                              (6)
@@ -31,12 +32,13 @@ Implementation choices:
      E[r − 1 − log r], exceeds 1.5 times this target (joschu.net/blog/kl-approx.html).
 [C7] Vectors: separate networks for π and V. Images: one CNN for both. Orthogonal initialization
      with gain √2, 0.01 for the output of π, 1 for that of V.
-[C8] --norm-obs: (obs − mean) / std, both of all earlier batches. An extra first batch only starts
-     these statistics: it is not learned from, logged or counted. --norm-reward: reward / std, that
-     of the sums R_t = reward_t + γ R_{t−1} within an episode, of all batches, the present one
-     included. Both results are clipped to ± 10.
-[C9] Box actions: the environment gets the sampled action scaled from [-1, 1] to its bounds, if they
-     are finite, and clipped. log π is that of the sample.
+[C8] --norm-obs: observations minus the mean, divided by the standard deviation of all earlier
+     batches. An extra first batch only starts these statistics: it is not learned from, logged or
+     counted. --norm-reward: rewards divided by the standard deviation of the discounted sums
+     R_t = reward_t + γ R_{t−1} within an episode; here the current batch counts, too. Both results
+     are clipped to ± 10.
+[C9] Box actions: the environment gets the sampled action scaled from [-1, 1] to its bounds, if both
+     are within ± 1e6, and clipped. log π is that of the sample.
 [C10] Under torchrun each process plays in its share of the N environments. Gradients are averaged
      over the processes. Means and variances [C4] [C8] are those of the rows of all processes.
 
@@ -45,8 +47,9 @@ components of an action, R any number of rows.
 
     python ppo.py --env-id CartPole-v1
 
-Results, ten seeds, with --env-id and --total-timesteps alone: interquartile mean of the score, the
-mean return of the last 100 training episodes (lowest), and seconds on two cores:
+Results, ten seeds, with --env-id and --total-timesteps alone. The score is the mean return of the
+last 100 training episodes. Shown are its interquartile mean over the seeds, in brackets the lowest
+seed, and seconds on two cores:
     CartPole-v1, 200,704 steps: 500 (500), 5 s
     Acrobot-v1, 200,704 steps: -83 (-87), 11 s
     MountainCar-v0, 1,001,472 steps: -107 (-110), 30 s
@@ -116,8 +119,7 @@ class Args:
     wandb_project: str = "policy-gradients"
 
 
-# What differs from Args: for Box actions, and for images, whatever the actions. Atari also clips
-# rewards.
+# What differs from Args: for Box actions, and for images, whatever the actions.
 PRESETS = {
     "continuous": {"total_timesteps": 1_000_000, "learning_rate": 3e-4, "num_envs": 8,
                    "num_steps": 256, "gae_lambda": 0.9, "num_minibatches": 32,
@@ -322,7 +324,7 @@ def collect(envs, agent, obs, valid, num_steps):
                       "done": done, "valid": valid})
         obs, valid = next_obs, ~done                                              # [C2]
     rollout = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
-    pi, value = agent(rollout["obs"])  # faster for all steps together than in each step
+    pi, value = agent(rollout["obs"])  # the weights that played; faster than in each step
     _, last_value = agent(obs)
     # The reset comes one step later [C2]. So if step t ended an episode, obs[t + 1] is its last
     # observation, and value[t + 1] is the value needed here.
@@ -340,7 +342,7 @@ def update(agent, optimizer, batch, args):
     for _ in range(args.update_epochs):
         permutation = torch.randperm(len(batch["obs"]), device=batch["obs"].device)
         minibatches += permutation.tensor_split(args.num_minibatches)
-    for index in minibatches:
+    for index in minibatches:  # of all epochs: row numbers
         rows = {name: column[index] for name, column in batch.items()}
         pi, value = agent(rows["obs"])
         logprob = pi.log_prob(rows["action"])                                     # (M,)
@@ -383,10 +385,10 @@ def train(args):
         obs = envs.reset(seed_everything(args.seed, rank, log.iteration))
         valid = torch.ones(len(obs), dtype=torch.bool, device=device)
         if agent.obs_moments and log.iteration == 0:
-            # For statistics only. After the reset all environments are at a first observation.
+            # For statistics only.
             *_, rollout = collect(envs, agent, obs, valid, args.num_steps)
             agent.obs_moments.update(rollout["obs"][rollout["valid"]])            # [C8]
-            obs = envs.reset()
+            obs = envs.reset()  # so valid is still True for all
         # Sums of the episodes that go on from one batch to the next, (N,).
         episode_return, discounted_return = torch.zeros(2, len(obs), device=device)
         while log.step < args.total_timesteps and not log.reached(args.stop_at):
@@ -671,7 +673,7 @@ class Logger:
     def __init__(self, args, parts):
         self.args, self.parts, self.checkpoint, self.wandb = args, parts, None, None
         self.step, self.iteration, self.seconds, self.csv_size = 0, 0, 0.0, 0
-        self.returns, self.score, self.wandb_id = [], np.nan, None  # of the last 100 episodes
+        self.returns, self.score, self.wandb_id = [], np.nan, None  # returns: at most the last 100
         self.is_main = not dist.is_initialized() or dist.get_rank() == 0
         name = f"{Path(__file__).stem}-{args.env_id}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         name = f"{name}-{os.getpid()}".replace("/", "-").replace(":", "-")
