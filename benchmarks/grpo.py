@@ -42,7 +42,7 @@ PICTURES = {  # picture in docs/: what it shows, entry of grpo.json
     "img/grpo_curve.png": ("Held-out accuracy of SmolLM2-135M on sums, by batches", "curve")}
 SPEEDS = ["contestant", "run", "seconds_per_step", "peak_mib"]
 CURVE = "--batch-size 8 --num-generations 8 --max-completion-length 16 --eval-every 10 " \
-        "--eval-prompts 128 --learning-rate 5e-6 --max-steps 400"
+        "--eval-prompts 128 --learning-rate 5e-6 --max-steps 200"
 
 
 def worth(completion):
