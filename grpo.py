@@ -726,13 +726,10 @@ def download(model):
     """Download a model from the Hugging Face hub; return its folder."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:  # an id is owner/name
-        raise SystemExit(f"--model {model}: no such folder")
     try:
         config = Path(hf_hub_download(model, "config.json"))
         read_config(json.loads(config.read_text("utf-8")), model)  # exits if it is not supported
-        patterns = ["*.json", "*.jinja", "*.safetensors"]
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
     except (OSError, ValueError) as error:
         raise SystemExit(f"--model {model}: no such folder, and no download from the hub: "
                          f"{' '.join(str(error).split()):.300}") from error
@@ -1259,14 +1256,6 @@ def get_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def all_reduce_sum(tensor):
-    """Return the sum of the tensors of all processes."""
-    if dist.is_initialized():
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-    return tensor
-
-
 def all_gather(tensor):
     """Return the rows (n, ...) of all processes as one tensor on the CPU, in order of rank."""
     if not dist.is_initialized():
@@ -1274,6 +1263,11 @@ def all_gather(tensor):
     tensors = [None] * dist.get_world_size()
     dist.all_gather_object(tensors, tensor.cpu())
     return torch.cat(tensors)
+
+
+def all_reduce_sum(tensor):
+    """Return the sum of the tensors of all processes."""
+    return all_gather(tensor.unsqueeze(0)).sum(0).to(tensor.device)
 
 
 def local_rows(rows):
