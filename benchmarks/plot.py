@@ -2,16 +2,15 @@
 
     python benchmarks/plot.py runs/ppo-CartPole-v1-* runs/reinforce-CartPole-v1-* --out curves.png
 
-Runs are one group, seeds of the same thing, where their folders' names are equal without the seed
-and the time, and their args.json are equal but for the flags in IRRELEVANT. A folder whose name is
-nothing but a seed, as in `ppo/seed-11`, goes by the name of the folder above it. Groups that have
-the same name and other flags are told apart by these flags in the legend.
+Runs are one group (several seeds) if the names of their folders are equal without seed, time and
+process number, and if their args.json are equal except for the flags in IRRELEVANT. If the name of
+a folder is only a seed, as in `ppo/seed-11`, the folder above it gives the name. Where groups have
+the same name, the legend shows the flags in which they differ.
 
-A group of several seeds is drawn as thin lines, one a seed, with the interquartile mean over the
-seeds as a thick line and a band from the 25th to the 75th percentile. Mean and band span only what
-all seeds of the group have reached: to go on with fewer would show a change of the seeds that are
-left as one of the score. A single run is one line. Rows without a number, such as the score before
-the first episode has ended, are left out.
+A group of several seeds has a thin line for each seed, a thick line for the interquartile mean and
+a band from the 25th to the 75th percentile. Mean and band end with the shortest run: with fewer
+seeds they would show a change that is none of the score. A single run is one line. Rows without a
+number, such as the score before the first episode has ended, are left out.
 """
 
 import argparse
@@ -105,7 +104,7 @@ def short_name(folder, args):
     """The folder's name without the time and the seed, as scripts write them at its end."""
     seed = rf"(^|[-_.])(seed|s)?[-_.]?{args.get('seed')}$"
     for part in folder.resolve(), folder.resolve().parent:
-        name = re.sub(seed, "", re.sub(r"-\d{8}-\d{6}$", "", part.name))
+        name = re.sub(seed, "", re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", part.name))
         if name:
             return name
     return "run"

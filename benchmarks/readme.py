@@ -107,8 +107,8 @@ def picture(results_page):
              "GRPO": ("grpo.json", "curve"), "DPO": ("dpo.json", "frontier")}
     old = [panel for panel, entry in parts.items() if "earlier" in cartpole.note(*entry)]
     text = ("*The picture shows learning curves of the four control scripts on CartPole, of "
-            "`ppo.py` on HalfCheetah and of `grpo.py` with the language model SmolLM2-135M, and "
-            "the reward of `dpo.py` beside the best possible reward")
+            "`ppo.py` on HalfCheetah (seeds 11 to 15) and of `grpo.py` with the language model "
+            "SmolLM2-135M, and the reward of `dpo.py` beside the best possible reward")
     if old:
         text += (f". Measured with earlier versions of the scripts: {', '.join(old)} "
                  f"([details]({results_page}#learning-curves))")
@@ -179,8 +179,8 @@ def language_results():
 
 def results():
     """Markdown: the README's table of results, at most ten lines."""
-    lines = ["| task | command | score | seeds | training, s | whole process, s | for comparison |",
-             "|---|---|---|---|---|---|---|"]
+    lines = ["| task | command | result | seeds | training, s | whole process, s "
+             "| for comparison |", "|---|---|---|---|---|---|---|"]
     return "\n".join([*lines, solve_result(), *[*control_results()][:7], *language_results()])
 
 

@@ -71,7 +71,8 @@ def test_interquartile_mean(monkeypatch):
 def test_plot_of_three_seeds(tmp_path):
     import reinforce
 
-    runs = [tmp_path / f"reinforce-CartPole-v1-{seed}-20260101-000000" for seed in (1, 2, 3)]
+    runs = [tmp_path / f"reinforce-CartPole-v1-{seed}-20260101-000000{process}"
+            for seed, process in ((1, ""), (2, "-71"), (3, "-4711"))]
     for seed, run in enumerate(runs, 1):
         reinforce.train(reinforce.Args(seed=seed, total_timesteps=4_000, run_dir=str(run)))
 
