@@ -173,7 +173,7 @@ def token_logprobs(model, inputs, targets, mask, chunk_size=1024):
     (K, V), would be the largest tensor by far.
     """
     hidden = model(inputs)[mask]                                              # (K, D)
-    # Used after model.forward: FSDP keeps the weights of the root module until the backward pass.
+    # After model(inputs): FSDP gathers these weights there and keeps them for the backward pass.
     weight = model.output_weight().to(hidden.dtype)
     logprobs = [checkpoint(target_logprobs, *chunk, weight, use_reentrant=False)
                 for chunk in zip(hidden.split(chunk_size), targets[mask].split(chunk_size))]
@@ -323,7 +323,7 @@ def train(args):
                 log.heldout = evaluate(model, heldout, heldout_ref, args)
                 log.score = log.heldout["heldout_accuracy"]
             log.write(**metrics, **log.heldout)
-    if args.model:
+    if args.model:  # not after Ctrl-C, which has ended the program above
         save_model(log.dir / "model", model, tokenizer)
     else:
         after = evaluate_sums(model, tokenizer, log.before["logprob"], args)
@@ -734,7 +734,7 @@ def raise_exception(message):
 
 
 def split_hash(prompt):
-    """Return a number from 0 to 1 that depends on the prompt alone; it decides what is held out."""
+    """Return a number from 0 to 1, equal for equal prompts; it decides what is held out."""
     return random.Random(json.dumps(prompt)).random()
 
 
@@ -1244,7 +1244,8 @@ class Logger:
     def save(self):
         """Write checkpoint.pt, without the weights of a --model that LoRA does not train.
 
-        All processes must take part, as the weights may be sharded.
+        Those of the tiny GPT are in no other file. All processes must take part, as the weights may
+        be sharded.
         """
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True,
                                        ignore_frozen_params=bool(self.args.model))

@@ -163,7 +163,7 @@ def group_advantage(reward, scale_rewards):
         return advantage
     if scale_rewards == "leave-one-out":  # r minus the mean of the other completions
         return advantage * reward.shape[1] / (reward.shape[1] - 1)
-    std = reward.std() if scale_rewards == "batch" else reward.std(1, keepdim=True)
+    std = reward.std() if scale_rewards == "batch" else reward.std(1, keepdim=True)  # or "group"
     return advantage / (std + 1e-4)
 
 
@@ -223,7 +223,7 @@ def token_logprobs(model, inputs, targets, mask, temperature=1.0, chunk_size=102
     (K, V), would be the largest tensor by far.
     """
     hidden = model(inputs)[mask]                                              # (K, D)
-    # Used after model.forward: FSDP keeps the weights of the root module until the backward pass.
+    # After model(inputs): FSDP gathers these weights there and keeps them for the backward pass.
     weight = model.output_weight().to(hidden.dtype)
     logprobs = [checkpoint(target_logprobs, *chunk, weight, temperature, use_reentrant=False)
                 for chunk in zip(hidden.split(chunk_size), targets[mask].split(chunk_size))]
@@ -289,8 +289,8 @@ def generate_batch(sampler, tokenizer, examples, reward, args):
     trained = ~equal_rewards & (finished | (not args.mask_truncated_completions))
 
     lengths = [len(completion.prompt) + len(completion.tokens) for completion in completions]
-    # Rows to learn from come first, as the others are left out, and the longest of them first, so
-    # that a micro-batch needs little padding.
+    # Rows to learn from come first, so that the others can be left out. Longer rows come before
+    # shorter ones, so that a micro-batch needs little padding.
     order = sorted(range(len(lengths)), key=lambda i: (bool(trained[i]), lengths[i]), reverse=True)
     rows = [completions[i] for i in order]
     inputs, targets, completion_mask = pad_batch([(row.prompt, row.tokens) for row in rows], device)
@@ -298,8 +298,8 @@ def generate_batch(sampler, tokenizer, examples, reward, args):
         [torch.tensor([0.0] * len(row.prompt) + row.logprobs) for row in rows], batch_first=True)
     mask = completion_mask & trained[order].unsqueeze(1).to(device)
     # FSDP forward passes involve all processes: each runs as many micro-batches as the one with the
-    # most rows to learn from. Others fill up with rows whose mask is empty. The columns are those
-    # of the first row, the longest to learn from; a row of n tokens has n - 1 inputs and targets.
+    # most rows to learn from. Processes with fewer fill up with rows whose mask is empty. Columns
+    # after the end of the first row, the longest, are left out. A row of n tokens has n - 1 inputs.
     max_rows = int(all_gather(trained.sum().view(1)).max())
     micro_batches = [(slice(start, min(start + args.micro_batch_size, max_rows)),
                       slice(0, lengths[order[start]] - 1))
@@ -398,7 +398,7 @@ def train(args, reward=None):
                 log.score, transcripts = result
                 log.write_transcripts(transcripts)
             log.write(**metrics)
-    if args.model:
+    if args.model:  # not after Ctrl-C, which has ended the program above
         save_model(log.dir / "model", model, tokenizer)
     print_evaluation(log.step, *result)
     if dist.is_initialized():
@@ -940,7 +940,7 @@ def raise_exception(message):
 
 
 def split_hash(prompt):
-    """Return a number from 0 to 1 that depends on the prompt alone; it decides what is held out."""
+    """Return a number from 0 to 1, equal for equal prompts; it decides what is held out."""
     return random.Random(json.dumps(prompt)).random()
 
 
