@@ -336,7 +336,7 @@ def collect(envs, agent, obs, valid, num_steps):
 def update(agent, optimizer, batch, args):
     """Take up to update_epochs * num_minibatches gradient steps on the batch, a dict of rows.
 
-    Returns the mean of each metric over the minibatches, of this process except for approx_kl.
+    Returns the mean of each metric over the minibatches of this process.
     """
     history, minibatches = [], []
     for _ in range(args.update_epochs):
@@ -357,12 +357,12 @@ def update(agent, optimizer, batch, args):
 
         log_ratio = (logprob - rows["logprob"]).detach()
         ratio = log_ratio.exp()
-        _, approx_kl, _ = moments(ratio - 1 - log_ratio)  # of all processes      # [C6]
+        kl = ratio - 1 - log_ratio                                                # [C6]
         metrics = {"policy_loss": loss_pi, "value_loss": loss_v, "entropy": entropy,
-                   "approx_kl": approx_kl, "grad_norm": grad_norm,
+                   "approx_kl": kl.mean(), "grad_norm": grad_norm,
                    "clip_fraction": ((ratio - 1).abs() > args.clip_coef).float().mean()}
         history.append({name: metric.detach() for name, metric in metrics.items()})
-        if args.target_kl is not None and approx_kl > 1.5 * args.target_kl:
+        if args.target_kl is not None and moments(kl)[1] > 1.5 * args.target_kl:
             break  # in all processes, before the step of this minibatch          # [C6]
         optimizer.step()
     return {name: torch.stack([row[name] for row in history]).mean().item() for name in metrics}

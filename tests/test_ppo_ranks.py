@@ -78,8 +78,8 @@ def test_two_processes_get_the_weights_of_one(tmp_path, target_kl, monkeypatch):
     alone = ppo.update(agent, optimizer, batch, ppo.Args(**FLAGS, target_kl=target_kl))
     for name, tensor in agent.state_dict().items():
         torch.testing.assert_close(first[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
-    for name in ("approx_kl", "grad_norm"):  # the others are those of the process's own rows
-        torch.testing.assert_close(metrics[name], alone[name], atol=1e-5, rtol=1e-4, msg=name)
+    # The other metrics are those of the process's own rows.
+    torch.testing.assert_close(metrics["grad_norm"], alone["grad_norm"], atol=1e-5, rtol=1e-4)
     moments = ppo.RunningMoments((3,))
     moments.update(obs)
     moments.update(obs * 3)
