@@ -88,6 +88,44 @@ def test_two_processes_get_the_weights_of_one(tmp_path, target_kl, monkeypatch):
     assert gathered == batch["target"][0::2].tolist() + batch["target"][1::2].tolist()
 
 
+DECIDE = """
+import os, sys, torch, torch.distributed as dist
+sys.path.insert(0, {root!r})
+import ppo
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+agent, obs = torch.load({path!r}, weights_only=False)
+action = torch.zeros(len(obs), 1, dtype=torch.long)
+logprob = agent(obs)[0].log_prob(action).detach()
+# log r is 0 in process 0 and -0.3 in process 1, so the KL estimates are 0 and 0.041.
+batch = dict(obs=obs, action=action, logprob=logprob + 0.3 * rank, advantage=torch.ones(len(obs)),
+             target=torch.zeros(len(obs)))
+learner = torch.nn.parallel.DistributedDataParallel(agent, broadcast_buffers=False)
+optimizer, weights = torch.optim.SGD(agent.parameters(), lr=1e-2), []
+for limit in (0.01, 0.03):
+    args = ppo.Args(num_minibatches=1, update_epochs=1, target_kl=limit / 1.5)
+    ppo.update(learner, optimizer, batch, args)
+    weights.append(torch.cat([param.detach().flatten() for param in agent.parameters()]))
+torch.save(weights, {path!r} + str(rank))
+dist.barrier()
+os._exit(0)
+"""
+
+
+def test_processes_decide_together_whether_the_kl_is_too_large(tmp_path):
+    """The mean of both, 0.02, decides: no step with the first limit, one with the second."""
+    agent = ppo.Agent((3,), Discrete(2), ppo.Args())
+    path = str(tmp_path / "given.pt")
+    torch.save((agent, torch.randn(8, 3)), path)
+    (tmp_path / "decide.py").write_text(DECIDE.format(root=str(ROOT), path=path))
+    torchrun(tmp_path / "decide.py")
+    first, second = (torch.load(path + rank, weights_only=True) for rank in "01")
+    before = torch.cat([param.detach().flatten() for param in agent.parameters()])
+    for stopped, stepped in (first, second):
+        assert torch.equal(stopped, before) and not torch.equal(stepped, before)
+    assert torch.equal(first[1], second[1])
+
+
 SPY = """
 import os, sys, torch
 sys.path.insert(0, {root!r})
