@@ -126,7 +126,7 @@ def measure(contestant, model, steps):
 
 
 def speed_rows(model):
-    for run in (1,):
+    for run in (1, 2):
         for name in CONTESTANTS:
             call = f"import grpo; grpo.measure({name!r}, {model!r}, 8)"
             done = subprocess.run([sys.executable, "-c", call], cwd=HERE, check=True, text=True,
