@@ -123,7 +123,7 @@ class Args:
     nll_coef: float = 0.0  # coefficient of the negative log-likelihood of chosen, per token [C1]
     train_pairs: int = 25_000  # pairs to make for the tiny GPT
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before DPO
-    eval_every: int = 20  # batches between evaluations; 0: so that they take about 5 % of the time
+    eval_every: int = 20  # batches between evaluations; 0: automatic, about 5 % of the time
     eval_pairs: int = 256  # held-out pairs, at most a tenth of the data
     micro_batch_size: int = 256  # pairs per forward and backward pass; changes only memory [C5]
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
@@ -307,7 +307,7 @@ def train(args):
             log.data_hash = data_hash
             log.before = None if args.model else evaluate_sums(model, tokenizer, None, args)
             log.ref_logprob = (torch.zeros(len(heldout + pairs), 2) if args.reference_free
-                               else compute_logprobs(model, heldout + pairs, args))    # [C2]
+                               else compute_logprobs(model, heldout + pairs, args))  # [C2]
         elif log.data_hash != data_hash:
             raise SystemExit(f"--resume {args.resume}: the pairs have other tokens now; if the "
                              "chat template adds today's date, set it with --chat-template-kwargs")
@@ -1187,10 +1187,10 @@ class Logger:
         self.wandb, self.wandb_id, self.interrupted = None, None, False
         task = Path(args.data).stem or "addition"
         name = f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        name = [f"{name}-{os.getpid()}"]
+        shared = [f"{name}-{os.getpid()}"]
         if dist.is_initialized():
-            dist.broadcast_object_list(name)  # that of process 0
-        self.dir = Path(args.resume or args.run_dir or f"runs/{name[0]}")
+            dist.broadcast_object_list(shared)  # that of process 0
+        self.dir = Path(args.resume or args.run_dir or f"runs/{shared[0]}")
         if args.resume:
             self.load()
         elif get_rank() == 0 and (self.dir / "checkpoint.pt").exists():

@@ -127,7 +127,7 @@ class Args:
     num_iterations: int = 1  # updates per batch
     mask_truncated_completions: bool = False  # do not learn from completions without stop token
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before GRPO
-    eval_every: int = 20  # batches between evaluations; 0: so that they take about 10 % of the time
+    eval_every: int = 20  # batches between evaluations; 0: automatic, about 10 % of the time
     eval_prompts: int = 256  # held-out prompts, at most a tenth of the data
     micro_batch_size: int = 1024  # rows per forward and backward pass; changes only memory [C5]
     sampling_batch_size: int = 1024  # rows to generate at a time: memory
@@ -484,7 +484,7 @@ def choose_token(logprob, temperature):
     if temperature == 0:
         return logprob.argmax(-1)
     # The first token at which the cumulative probability reaches a uniform random number. On CPUs
-    # this is 20 times as fast as torch.multinomial, which draws a number for each token.
+    # torch.multinomial is slower, as it draws a random number for each of the V tokens.
     cumulative = logprob.exp().cumsum(-1)                                         # (R, V)
     uniform = 1 - torch.rand_like(cumulative[:, :1])  # above 0
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).squeeze(1)

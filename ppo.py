@@ -299,7 +299,7 @@ class Agent(nn.Module):
         return self.policy(features), self.critic(features).squeeze(-1)
 
 
-@torch.inference_mode()  # as no_grad, and faster
+@torch.inference_mode()  # like no_grad, but faster
 def collect(envs, agent, obs, valid, num_steps):
     """Take num_steps steps in each environment with the current policy.
 
@@ -342,7 +342,7 @@ def update(agent, optimizer, batch, args):
     for _ in range(args.update_epochs):
         permutation = torch.randperm(len(batch["obs"]), device=batch["obs"].device)
         minibatches += permutation.tensor_split(args.num_minibatches)
-    for index in minibatches:  # of all epochs: row numbers
+    for index in minibatches:  # row numbers; all epochs in one loop, so that break ends them all
         rows = {name: column[index] for name, column in batch.items()}
         pi, value = agent(rows["obs"])
         logprob = pi.log_prob(rows["action"])                                     # (M,)
