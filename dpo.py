@@ -1187,7 +1187,7 @@ class Logger:
         self.wandb, self.wandb_id, self.interrupted = None, None, False
         task = Path(args.data).stem or "addition"
         name = f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        shared = [f"{name}-{os.getpid()}"]
+        shared = [f"{name}-{time.time_ns() % 10**9}"]
         if dist.is_initialized():
             dist.broadcast_object_list(shared)  # that of process 0
         self.dir = Path(args.resume or args.run_dir or f"runs/{shared[0]}")

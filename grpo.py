@@ -1324,7 +1324,8 @@ class Logger:
         self.wandb, self.wandb_id, self.interrupted = None, None, False
         task = Path(args.data).stem or "addition"
         name = f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir = Path(args.resume or args.run_dir or f"runs/{name}-{os.getpid()}")  # of process 0
+        # Only the first process writes into its folder; the others do not use theirs.
+        self.dir = Path(args.resume or args.run_dir or f"runs/{name}-{time.time_ns() % 10**9}")
         if args.resume:
             self.load()
         elif get_rank() == 0 and (self.dir / "checkpoint.pt").exists():

@@ -568,8 +568,8 @@ def make_envs(args, num_envs, video_dir):
                        "wrappers": [lambda env: wrap_env(env, video_dir)]}
         return gym.make_vec(spec, num_envs, **kwargs)
     except (gym.error.Error, ModuleNotFoundError) as error:
-        if getattr(error, "name", module) not in (module, "ale_py"):  # an import in the user's code
-            raise
+        if getattr(error, "name", module) not in (module, module.split(".")[0], "ale_py"):
+            raise  # an import in the user's code
         raise SystemExit(f"--env-id {args.env_id}: {error}") from error
 
 
@@ -676,7 +676,7 @@ class Logger:
         self.returns, self.score, self.wandb_id = [], np.nan, None  # returns: at most the last 100
         self.is_main = not dist.is_initialized() or dist.get_rank() == 0
         name = f"{Path(__file__).stem}-{args.env_id}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        name = f"{name}-{os.getpid()}".replace("/", "-").replace(":", "-")
+        name = f"{name}-{time.time_ns() % 10**9}".replace("/", "-").replace(":", "-")
         self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
         if args.resume:
             saved = load_checkpoint(args.resume)
@@ -690,17 +690,17 @@ class Logger:
                         unit_scale=True, disable=None if self.is_main else True)
         if not self.is_main:
             return
-        self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
-        self.csv = (self.dir / "metrics.csv").open("a", buffering=1)
-        # Drop rows that are newer than the checkpoint.
-        self.csv.seek(self.csv.truncate(min(self.csv_size, self.csv.tell())))
         if args.track:
             import wandb
 
             self.wandb = wandb.init(project=args.wandb_project, name=self.dir.name,
                                     id=self.wandb_id, resume="allow", config=asdict(args))
             self.wandb_id = self.wandb.id
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        self.csv = (self.dir / "metrics.csv").open("a", buffering=1)
+        # Drop rows that are newer than the checkpoint.
+        self.csv.seek(self.csv.truncate(min(self.csv_size, self.csv.tell())))
 
     def reached(self, goal):
         """Whether goal is not None, 100 episodes have ended, and the score is at least goal."""

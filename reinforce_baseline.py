@@ -38,7 +38,6 @@ Results, ten seeds (flags and raw rows in benchmarks/, seconds of training on tw
 import json
 import random
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -155,7 +154,7 @@ def play_episodes(envs, policy, max_steps, device, greedy=False):
         steps.append({"obs": obs, "action": action, "reward": reward, "mask": mask})
         running = running & ~(terminated | truncated)                         # [C3]
     if running.any():
-        warnings.warn(f"cut episodes after {max_steps:,} steps", stacklevel=3)
+        gym.logger.warn(f"cut episodes after {max_steps:,} steps")
     return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
 
 
@@ -210,13 +209,13 @@ def make_envs(env_id, num_envs, seed):
     """Return num_envs seeded environments that step together; exit if they are not supported."""
     try:
         envs = gym.make_vec(env_id, num_envs)
-    except (gym.error.UnregisteredEnv, gym.error.DependencyNotInstalled) as error:
+    except gym.error.Error as error:
         raise SystemExit(f"--env-id {env_id}: {error}") from error
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     float_box = isinstance(action_space, Box) and np.issubdtype(action_space.dtype, np.floating)
     if not isinstance(obs_space, Box) or not (float_box or isinstance(action_space, Discrete)):
         raise SystemExit(f"--env-id {env_id}: needs Box observations and Discrete or float Box "
-                         f"actions, has {obs_space} and {action_space}; ppo.py takes MultiDiscrete")
+                         f"actions, has {obs_space} and {action_space}; ppo.py takes more")
     envs.reset(seed=seed)  # later resets continue these random generators
     return envs
 
@@ -229,7 +228,7 @@ def to_env_action(action, envs):
     """
     action, space = action.detach().cpu().numpy(), envs.single_action_space
     if isinstance(space, Discrete):
-        return action + space.start
+        return (action + space.start).astype(space.dtype)
     bounded = np.maximum(-space.low, space.high).astype(np.float64) <= 1e6
     # low = -1 and high = 1 leave the action as it is
     low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
@@ -256,17 +255,18 @@ class Logger:
         self.policy, self.start, self.step = policy, time.perf_counter(), 0
         self.returns, self.score, self.wandb = [], np.nan, None
         name = f"{Path(__file__).stem}-{args.env_id}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
+        name = f"{name}-{time.time_ns() % 10**9}".replace("/", "-").replace(":", "-")
+        self.dir = Path(args.run_dir or f"runs/{name}")
         if (self.dir / "metrics.csv").exists():
             raise SystemExit(f"--run-dir {self.dir}: holds a run already; choose another folder")
-        self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
-        self.csv = (self.dir / "metrics.csv").open("w", buffering=1)
-        self.bar = tqdm(total=args.total_timesteps, unit=" steps", unit_scale=True, disable=None)
         if args.track:
             import wandb
 
             self.wandb = wandb.init(project=args.wandb_project, name=name, config=asdict(args))
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        self.csv = (self.dir / "metrics.csv").open("w", buffering=1)
+        self.bar = tqdm(total=args.total_timesteps, unit=" steps", unit_scale=True, disable=None)
 
     def reached(self, goal):
         """Whether goal is not None, 100 episodes have ended, and the score is at least goal."""

@@ -128,6 +128,7 @@ def test_a_missing_import_in_the_users_module_keeps_its_traceback(tmp_path, monk
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_missing"):
         call("--env-id", "my_module:My-v0", "--run-dir", tmp_path / "run")
     assert "no_such_module" in refused("--env-id", "no_such_module:My-v0")
+    assert "no_such_package" in refused("--env-id", "no_such_package.envs:My-v0")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -210,7 +211,24 @@ def test_the_default_folder_names_environment_and_seed(tmp_path, monkeypatch):
     call("--env-id", "toys:Chosen-v0", "--total-timesteps", 2_048, "--seed", 7)
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("ppo-toys-Chosen-v0-7-20")
-    assert folder.name.endswith(f"-{os.getpid()}"), "two runs may start in the same second"
+
+
+def test_runs_that_start_in_the_same_second_have_their_own_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ppo.time, "strftime", lambda _: "20270101-000000")
+    for _ in range(2):
+        call("--env-id", "toys:Chosen-v0", "--total-timesteps", 2_048)
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_a_run_that_wandb_refuses_leaves_its_folder_free(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise RuntimeError("not logged in")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
+    with pytest.raises(RuntimeError, match="not logged in"):
+        call("--track", "--run-dir", tmp_path, "--total-timesteps", 2_048)
+    call("--run-dir", tmp_path, "--total-timesteps", 2_048)
 
 
 def test_a_folder_of_another_script_is_refused(tmp_path):

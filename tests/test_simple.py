@@ -74,6 +74,25 @@ def test_default_folder_names_script_environment_seed_and_time(simple, tmp_path,
     assert folder.name.startswith(f"{simple.__name__}-toys-Chosen-v0-7-20")
 
 
+def test_runs_that_start_in_the_same_second_have_their_own_folders(simple, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(simple.time, "strftime", lambda _: "20270101-000000")
+    for _ in range(2):
+        call(simple, "--env-id", "toys:Chosen-v0", "--total-timesteps", 40)
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_a_run_that_wandb_refuses_leaves_its_folder_free(simple, tmp_path, monkeypatch):
+    def refuse(**_):
+        raise RuntimeError("not logged in")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
+    flags = ["--total-timesteps", 40, "--run-dir", tmp_path]
+    with pytest.raises(RuntimeError, match="not logged in"):
+        call(simple, "--track", *flags)
+    call(simple, *flags)
+
+
 def test_saved_weights_are_those_of_the_trained_policy(simple, tmp_path):
     policy, score = call(simple, "--total-timesteps", SHORT[simple.__name__], "--run-dir", tmp_path)
     env = gym.make("CartPole-v1")
@@ -355,6 +374,8 @@ def test_environments_may_draw_from_global_generators(simple, tmp_path):
 
 
 def test_unknown_environment_suggests_a_similar_name(simple):
+    with pytest.raises(SystemExit, match="--env-id Cart Pole: .*Malformed"):
+        simple.make_envs("Cart Pole", 2, 0)
     with pytest.raises(SystemExit, match=r"--env-id CartPol-v1: .*CartPole"):
         call(simple, "--env-id", "CartPol-v1")
 
