@@ -9,10 +9,10 @@
 
 The data are pairs of a better answer y_w (chosen) and a worse answer y_l (rejected) to a prompt x.
 The policy that maximizes E[r] − β KL(π‖π_ref) for a reward r is known in closed form (4). Solved
-for r, this says: each policy π is the best one for the reward r̂ = β log π/π_ref, plus a term that
-depends on x alone and cancels where two answers to x are compared. If y_w is preferred with the
-probability σ(r(y_w) − r(y_l)) (Bradley and Terry), the likelihood of the pairs depends on r̂ alone.
-DPO maximizes it (7). It needs no reward model and no sampling. Equation numbers refer to
+for r, (4) says: each policy π is the best one for the reward r̂ = β log π/π_ref, plus a term that
+depends on x alone. This term cancels when two answers to x are compared. If y_w is preferred with
+the probability σ(r(y_w) − r(y_l)) (Bradley and Terry), the likelihood of the pairs depends on r̂
+alone. DPO maximizes it (7). It needs no reward model and no sampling. Equation numbers refer to
 arXiv 2305.18290:
 
     π*(y|x) ∝ π_ref(y|x) exp(r(x, y) / β)                                                (4)
@@ -124,7 +124,7 @@ class Args:
     train_pairs: int = 25_000  # pairs to make for the tiny GPT
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before DPO
     eval_every: int = 20  # batches between evaluations; 0: automatic, about 5 % of the time
-    eval_pairs: int = 256  # held-out pairs, at most a tenth of the data
+    eval_pairs: int = 256  # held-out pairs, at most a tenth of the data but at least one
     micro_batch_size: int = 256  # pairs per forward and backward pass; changes only memory [C5]
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
     lora_rank: int = 0  # train LoRA adapters of this rank instead of the weights

@@ -59,8 +59,9 @@ model continues, or a list of chat messages. The default reward also needs `answ
      "answer": "56"}
 
 Memory: 16 bytes per parameter for weights, gradients and AdamW, or 4 with LoRA; 2 more with --bf16
-for the model that generates; 4 more with β > 0 and without LoRA. Several processes shard these, but
-each has all gradients and its own model that generates. Activations and the cache come on top.
+for the model that generates, or 4 more with --compile or several processes and without --bf16;
+4 more with β > 0 and without LoRA. Several processes shard these, but each has all gradients and
+its own model that generates. Activations and the cache come on top.
 
 Results, five seeds: greedy accuracy on held-out sums, before -> after, on two cores:
     default: 0.337 -> 0.999 (lowest 0.996), 41 s
@@ -128,7 +129,7 @@ class Args:
     mask_truncated_completions: bool = False  # do not learn from completions without stop token
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before GRPO
     eval_every: int = 20  # batches between evaluations; 0: automatic, about 10 % of the time
-    eval_prompts: int = 256  # held-out prompts, at most a tenth of the data
+    eval_prompts: int = 256  # held-out prompts, at most a tenth of the data but at least one
     micro_batch_size: int = 1024  # rows per forward and backward pass; changes only memory [C5]
     sampling_batch_size: int = 1024  # rows to generate at a time: memory
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory

@@ -10,7 +10,8 @@ the same name, the legend shows the flags in which they differ.
 A group of several seeds has a thin line for each seed, a thick line for the interquartile mean and
 a band from the 25th to the 75th percentile. Mean and band end with the shortest run: with fewer
 seeds they would show a change that is none of the score. A single run is one line. Rows without a
-number, such as the score before the first episode has ended, are left out.
+number, such as the score before the first episode has ended, are left out, and so are runs that
+have no number yet.
 """
 
 import argparse
@@ -111,7 +112,10 @@ def short_name(folder, args):
 
 
 def read_run(folder, x_column, column):
-    """A run's name, flags and curve; ends the program where a file, column or number is missing."""
+    """A run's name, flags and curve, or None if it has no numbers yet.
+
+    Ends the program where a file or a column is missing.
+    """
     if not folder.is_dir():
         fail(f"{folder}: no such folder")
     try:
@@ -123,8 +127,8 @@ def read_run(folder, x_column, column):
     rows = csv.DictReader(whole)
     names = rows.fieldnames or []
     for name in (x_column, column):
-        if name not in names:
-            fail(f"{folder}/metrics.csv: no column {name}; there are {', '.join(names) or 'none'}")
+        if names and name not in names:
+            fail(f"{folder}/metrics.csv: no column {name}; there are {', '.join(names)}")
     try:
         points = np.array([(float(row[x_column]), float(row[column])) for row in rows])
     except (TypeError, ValueError) as error:
@@ -132,7 +136,8 @@ def read_run(folder, x_column, column):
     points = points.reshape(-1, 2)
     points = points[np.isfinite(points).all(1)]
     if not len(points):
-        fail(f"{folder}/metrics.csv: column {column} has no number yet")
+        print(f"{folder}: left out, as column {column} has no number yet", file=sys.stderr)
+        return None
     return RunFiles(short_name(folder, args), args, points[:, 0], points[:, 1])
 
 
@@ -174,7 +179,10 @@ def main():
     parser.add_argument("--x", choices=["step", "seconds"], default="step")
     parser.add_argument("--column", default="score", help="of metrics.csv; default score")
     args = parser.parse_args()
-    runs = [read_run(folder, args.x, args.column) for folder in args.run_dirs]
+    found = [read_run(folder, args.x, args.column) for folder in args.run_dirs]
+    runs = [run for run in found if run]
+    if not runs:
+        fail("no run has a number yet")
     control = all("env_id" in run.args for run in runs)
     x_label = "environment steps" if control else "steps"
     if args.x == "seconds":

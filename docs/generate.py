@@ -118,7 +118,7 @@ def choices(name):
     note = f"Choices that are not one line: {', '.join(rest)}. " if rest else ""
     return "\n".join([
         "| choice | line | code |", "|---|---|---|", *(row for *_, row in sorted(rows)), "",
-        f"{note}The [bug list](lines.md#{name}py) has broken versions of these lines."])
+        f"{note}The [bug list](lines.md#{name}py) has broken versions of most of these lines."])
 
 
 def diff(*words):

@@ -87,3 +87,10 @@ def test_plot_of_three_seeds(tmp_path):
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1
     missing = plot(runs[0], "--column", "nothing")
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / "args.json").write_text("{}")
+    (new / "metrics.csv").write_text("")
+    done = plot(*runs, new, "--out", "others.png")
+    assert done.returncode == 0 and "new: left out" in done.stderr, done.stderr
+    assert plot(new).returncode == 2

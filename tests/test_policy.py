@@ -96,7 +96,7 @@ def test_batch_has_the_sampled_action_before_clipping(simple):
 
 
 def test_integer_actions_are_refused_with_a_hint(simple):
-    with pytest.raises(SystemExit, match="ppo.py takes more"):
+    with pytest.raises(SystemExit, match=r"ppo\.py takes more"):
         simple.make_envs("scripted:Does-whole-v0", 2, 0)
 
 

@@ -374,7 +374,7 @@ def test_environments_may_draw_from_global_generators(simple, tmp_path):
 
 
 def test_unknown_environment_suggests_a_similar_name(simple):
-    with pytest.raises(SystemExit, match="--env-id Cart Pole: .*Malformed"):
+    with pytest.raises(SystemExit, match=r"--env-id Cart Pole: .*Malformed"):
         simple.make_envs("Cart Pole", 2, 0)
     with pytest.raises(SystemExit, match=r"--env-id CartPol-v1: .*CartPole"):
         call(simple, "--env-id", "CartPol-v1")
