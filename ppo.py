@@ -633,11 +633,11 @@ def evaluate(args, folder):
     """Play --eval-episodes episodes or more with the most likely actions; print the mean return.
 
     The agent is that of the checkpoint in the folder. With --video, play one episode at a time and
-    record the first into the folder.
+    record the first into its folder `video`.
     """
     num_episodes = max(args.eval_episodes, 1)
     num_envs = 1 if args.video else min(args.num_envs, num_episodes)
-    envs = Envs(args, num_envs, args.device, video_dir=str(folder) if args.video else None)
+    envs = Envs(args, num_envs, args.device, video_dir=f"{folder}/video" if args.video else None)
     agent = Agent(envs.obs_shape, envs.single_action_space, args).to(args.device)
     agent.load_state_dict(load_checkpoint(folder)["agent"])
     # Training seeds are hashes, so this one is almost surely another.

@@ -80,6 +80,7 @@ SPACES = {
     "text": Dict({"a": Box(-1, 1, (2,), np.float32), "said": Text(4)}),
     "nested": Dict({"in": Dict({"a": Box(-1, 1, (2,), np.float32), "said": Text(4)}),
                     "n": Discrete(3)}),
+    "mixed": Dict({"a": Box(-1, 1, (2,), np.float32), "pair": Tuple([Discrete(2), Text(4)])}),
     "picture": Dict({"image": Box(0, 255, (40, 36, 3), np.uint8), "said": Text(4)}),
     "both": Dict({"image": Box(0, 255, (40, 36, 3), np.uint8), "a": Box(-1, 1, (2,), np.float32)}),
     "tuple": Tuple([Discrete(2), MultiDiscrete([2, 3]), Box(-1, 1, (1,), np.float32)]),

@@ -116,7 +116,7 @@ def test_observations_are_vectors_or_images(name):
             expected = (raw["image"] if name == "picture" else raw).transpose(2, 0, 1)
         elif name == "stack":  # (S, H, W, C) to (S·C, H, W)
             expected = np.moveaxis(raw, -1, 1).reshape(12, 40, 36)
-        elif name == "text":
+        elif name in ("text", "mixed"):
             expected = raw["a"]
         elif name == "nested":
             expected = np.concatenate([raw["in"]["a"], np.eye(3)[raw["n"]]])
@@ -129,8 +129,8 @@ def test_observations_are_vectors_or_images(name):
 
 @pytest.mark.parametrize(
     "name, words",
-    [("text", "said"), ("nested", "said"), ("picture", "said"), ("tiny", "36"), ("board", "36"),
-     ("floats", "36"), ("box", None), ("last", None)],
+    [("text", "said"), ("nested", "said"), ("mixed", "pair"), ("picture", "said"), ("tiny", "36"),
+     ("board", "36"), ("floats", "36"), ("box", None), ("last", None)],
 )
 def test_a_warning_says_what_is_left_out_or_flattened(name, words):
     with warnings.catch_warnings(record=True) as caught:
@@ -164,6 +164,13 @@ SMALL = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "total_timesteps":
 def test_training_runs_on_every_kind(env, async_envs, tmp_path):
     ppo.train(ppo.Args(env_id=f"scripted:{env}", async_envs=async_envs, run_dir=str(tmp_path),
                        eval_episodes=2, **SMALL))
+
+
+def test_async_environments_have_their_own_processes():
+    envs = make("scripted:Does-table-v0", async_envs=True)
+    assert isinstance(envs.unwrapped, gym.vector.AsyncVectorEnv)
+    envs.close()
+    assert isinstance(make("scripted:Does-table-v0").unwrapped, gym.vector.SyncVectorEnv)
 
 
 # Presets
@@ -411,12 +418,16 @@ def wrappers(env):
         env = env.env
 
 
-def test_video_of_an_episode(tmp_path):
+def test_video_of_an_episode(tmp_path, monkeypatch):
     pytest.importorskip("moviepy")
     pytest.importorskip("pygame")
-    ppo.train(ppo.Args(total_timesteps=4_096, run_dir=str(tmp_path), video=True))
-    (video,) = tmp_path.glob("*.mp4")
+    made, make_envs = [], ppo.make_envs
+    monkeypatch.setattr(ppo, "make_envs", lambda *args: (made.append(args), make_envs(*args))[1])
+    ppo.train(ppo.Args(total_timesteps=4_096, run_dir=str(tmp_path), video=True, eval_episodes=2))
+    (video,) = (tmp_path / "video").glob("*.mp4")
     assert video.stat().st_size > 1_000
+    _, (_, num_envs, folder) = made
+    assert num_envs == 1 and folder == str(tmp_path / "video")
 
 
 # Atari
