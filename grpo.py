@@ -404,6 +404,7 @@ def train(args, reward=None):
     print_evaluation(log.step, *result)
     if dist.is_initialized():
         dist.barrier()  # no process may leave before the others are done
+        time.sleep(0.1)  # lets gloo's threads finish; else the program may abort when it ends
         dist.destroy_process_group()
     return model, log.score
 
@@ -710,9 +711,7 @@ def load_model(args):
     """Return the config, the weights by name and the Tokenizer of a Hugging Face model."""
     from safetensors.torch import load_file
 
-    folder = Path(args.model)
-    if not folder.is_dir():
-        folder = download(args.model)
+    folder = Path(args.model) if Path(args.model).is_dir() else download(args.model)
     for pattern in ("config.json", "tokenizer.json", "*.safetensors"):
         if not list(folder.glob(pattern)):
             raise SystemExit(f"--model {args.model}: {pattern} is missing; save the model and the "

@@ -79,7 +79,6 @@ import tyro
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 
@@ -379,7 +378,7 @@ def train(args):
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # lr: below [C5]
     parts = {"agent": agent, "reward_moments": reward_moments, "optimizer": optimizer}
     # With several processes, backward() averages their gradients [C10].
-    learner = DistributedDataParallel(agent, broadcast_buffers=False) if world_size > 1 else agent
+    learner = nn.parallel.DistributedDataParallel(agent) if world_size > 1 else agent
     with Logger(args, parts) as log:
         # Each process, and each resumed run, gets its own episodes and actions.
         obs = envs.reset(seed_everything(args.seed, rank, log.iteration))
@@ -420,6 +419,7 @@ def train(args):
     envs.close()
     if dist.is_initialized():
         dist.barrier()  # no process may leave before the others are done
+        time.sleep(0.1)  # lets gloo's threads finish; else the program may abort when it ends
         dist.destroy_process_group()
     if rank == 0 and (args.eval_episodes or args.video):
         evaluate(args, log.dir)

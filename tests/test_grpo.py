@@ -429,6 +429,25 @@ def test_sampled_logprobs_stay_with_their_tokens():
     assert pairs == {(7, 0): sampled[0], (8, 9, 0): sampled[1]}
 
 
+def test_a_row_without_trained_tokens_has_ratio_one():
+    """Such rows fill up micro-batches. 0 / 0 would make the loss NaN."""
+    zeros, mask = torch.zeros(2, 3), torch.tensor([[True, True, False], [False, False, False]])
+    ratio = grpo.importance_ratio(mask * 0.3, zeros, mask, "sequence")
+    torch.testing.assert_close(ratio, torch.tensor([[math.exp(0.3)], [1.0]]))
+
+
+@pytest.mark.parametrize("loss_type, clipped", [("dapo", 2), ("cispo", 1)])
+def test_metrics_of_ratios_by_hand(loss_type, clipped):
+    """The loss cispo has no lower bound."""
+    ratios, zeros = torch.tensor([[0.5, 2.0, 1.1, 1.0]]), torch.zeros(1, 4)
+    batch = grpo.Batch(None, None, torch.tensor([[True, True, True, False]]), zeros, None, None)
+    args = flags(loss_type=loss_type, epsilon=0.2, epsilon_high=0.5)
+    metrics = grpo.update_metrics(batch, ratios.log(), zeros, torch.tensor(3), args)
+    assert metrics["clip_fraction"].item() == pytest.approx(clipped / 3)
+    kl = sum(ratio - 1 - math.log(ratio) for ratio in (0.5, 2, 1.1)) / 3
+    assert metrics["approx_kl"].item() == pytest.approx(kl, abs=1e-6)
+
+
 def test_gap_between_trainer_and_sampler_by_hand():
     model, args, completions = tiny(), flags(), [[7, 0], [8, 9, 0]]
     sampled = [plain_logprobs(model, [1, 1], c).tolist() for c in completions]

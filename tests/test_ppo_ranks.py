@@ -30,7 +30,7 @@ _, mean, var = ppo.moments(half["advantage"])
 half["advantage"] = (half["advantage"] - mean) / (var.sqrt() + 1e-8)
 optimizer = torch.optim.Adam(agent.parameters(), lr=1e-2, eps=1e-5)
 args = ppo.Args(**{flags}, target_kl={target_kl})
-learner = torch.nn.parallel.DistributedDataParallel(agent, broadcast_buffers=False)
+learner = torch.nn.parallel.DistributedDataParallel(agent)
 metrics = ppo.update(learner, optimizer, half, args)
 moments = ppo.RunningMoments((3,))
 moments.update(half["obs"])
@@ -100,7 +100,7 @@ logprob = agent(obs)[0].log_prob(action).detach()
 # log r is 0 in process 0 and -0.3 in process 1, so the KL estimates are 0 and 0.041.
 batch = dict(obs=obs, action=action, logprob=logprob + 0.3 * rank, advantage=torch.ones(len(obs)),
              target=torch.zeros(len(obs)))
-learner = torch.nn.parallel.DistributedDataParallel(agent, broadcast_buffers=False)
+learner = torch.nn.parallel.DistributedDataParallel(agent)
 optimizer, weights = torch.optim.SGD(agent.parameters(), lr=1e-2), []
 for limit in (0.01, 0.03):
     args = ppo.Args(num_minibatches=1, update_epochs=1, target_kl=limit / 1.5)
@@ -143,8 +143,6 @@ ppo.Logger.write, ppo.collect = spy, watch
 sys.argv = ["ppo.py", *sys.argv[1:]]
 ppo.train(ppo.parse_args())
 torch.save((seen, actions), {path!r} + os.environ["RANK"])
-sys.stdout.flush()
-os._exit(0)  # gloo's threads sometimes abort a process at exit
 """
 
 
