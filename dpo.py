@@ -10,17 +10,17 @@
 The data are pairs of a better answer y_w (chosen) and a worse answer y_l (rejected) to a prompt x.
 The policy that maximizes E[r] − β KL(π‖π_ref) for a reward r is known in closed form (4). Solved
 for r, (4) says: each policy π is the best one for the reward r̂ = β log π/π_ref, plus a term that
-depends on x alone. This term cancels when two answers to x are compared. If y_w is preferred with
-the probability σ(r(y_w) − r(y_l)) (Bradley and Terry), the likelihood of the pairs depends on r̂
-alone. DPO maximizes it (7). It needs no reward model and no sampling. Equation numbers refer to
-arXiv 2305.18290:
+depends on x alone. This term cancels in r(y_w) − r(y_l). In the model of Bradley and Terry, y_w is
+preferred with the probability σ(r(y_w) − r(y_l)). With r̂ in place of r, the negative
+log-likelihood of the pairs is the loss (7). DPO minimizes it, without a reward model and without
+sampling. Equation numbers refer to arXiv 2305.18290:
 
     π*(y|x) ∝ π_ref(y|x) exp(r(x, y) / β)                                                (4)
     loss = −E log σ(β [log π/π_ref(y_w|x) − log π/π_ref(y_l|x)])                         (7)
 
 The gradient of a pair pushes log π(y_w) up and log π(y_l) down, both with the weight
 β σ(r̂_l − r̂_w), which is large where r̂ prefers the worse answer. The loss depends only on the
-difference of the two, so both may fall.
+difference of the two, so log π(y_w) may fall if log π(y_l) falls more.
 
 Implementation choices:
 [C1] These flags select published variants. Δ is the difference in brackets in (7). In Δ', each
@@ -41,12 +41,13 @@ Implementation choices:
 [C5] Means are over the whole batch, so the gradient does not depend on --micro-batch-size or on
      the number of processes.
 [C6] The stop token is part of the answer and is trained on. The prompt is not. Where chosen and
-     rejected are conversations, the answers begin with the first message that differs, and include
-     all later messages, also those of the user. Answers that are too long lose their end.
+     rejected are conversations, the answers begin with the first message that differs. All that
+     follows is trained on, also later messages of the user. Answers that are too long lose their
+     end.
 
-Shapes: P pairs; M pairs of a micro-batch, which are R = 2 M rows (chosen, rejected, chosen, ...) of
-L inputs and targets; K trained tokens of a micro-batch, V vocabulary size, D hidden size, E size of
-an attention head. Of the tiny GPT: B sums, Y possible answers.
+Shapes: P pairs, which are R = 2 P rows (chosen, rejected, chosen, ...) of L inputs and targets; M
+pairs and K trained tokens of a micro-batch, V vocabulary size, D hidden size, E size of an
+attention head. Of the tiny GPT: B sums, Y possible answers.
 
     python dpo.py                                               a tiny GPT learns to add
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl
@@ -141,7 +142,8 @@ class Args:
 def preference_loss(logprob, ref_logprob, beta, loss_type, label_smoothing=0.0, gamma_margin=0.0):
     """Compute the loss of each pair, (P,).
 
-    logprob and ref_logprob (P, 2) are log π and log π_ref of the chosen and the rejected answer.
+    logprob and ref_logprob (P, 2) are log π and log π_ref of the chosen and the rejected answer, or
+    their means per token.
     """
     chosen_log_ratio, rejected_log_ratio = (logprob - ref_logprob).unbind(1)      # (P,)
     log_ratio_diff = chosen_log_ratio - rejected_log_ratio
@@ -173,12 +175,13 @@ def token_logprobs(model, inputs, targets, mask, chunk_size=1024):
     (K, V), would be the largest tensor by far.
     """
     hidden = model(inputs)[mask]                                              # (K, D)
-    # After model(inputs): FSDP gathers these weights there and keeps them for the backward pass.
+    # Only after model(inputs): FSDP gathers this weight there and keeps it for the backward pass.
     weight = model.output_weight().to(hidden.dtype)
-    logprobs = [checkpoint(target_logprobs, *chunk, weight, use_reentrant=False)
-                for chunk in zip(hidden.split(chunk_size), targets[mask].split(chunk_size))]
+    chunks = zip(hidden.split(chunk_size), targets[mask].split(chunk_size))
+    logprobs = [checkpoint(target_logprobs, hidden_chunk, target_chunk, weight, use_reentrant=False)
+                for hidden_chunk, target_chunk in chunks]
     zeros = torch.zeros(mask.shape, device=mask.device)
-    return zeros.masked_scatter(mask, torch.cat(logprobs))
+    return zeros.masked_scatter(mask, torch.cat(logprobs))  # row by row, where mask is True
 
 
 def pad_batch(rows, device):
@@ -277,9 +280,9 @@ def update(model, optimizer, pairs, ref_logprob, args):
         part = slice(start, start + args.micro_batch_size)
         logprob = answer_logprobs(model, pairs[part], args.device)                # (M, 2)
         loss = pair_losses(logprob, ref_logprob[part], length[part], args)        # (M,)
-        if dist.is_initialized():  # add up the gradients of all processes after the last part
+        if dist.is_initialized():  # FSDP adds up gradients only in the last micro-batch
             model.set_requires_gradient_sync(part.stop >= len(pairs))
-        (loss.sum() / args.batch_size).backward()                                 # [C5]
+        (loss.sum() / args.batch_size).backward()  # batch_size: of all processes   [C5]
         logprobs[part] = logprob.detach()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm,
                                          error_if_nonfinite=True)
@@ -291,7 +294,7 @@ def update(model, optimizer, pairs, ref_logprob, args):
 
 
 def train(args):
-    """Train a model. Return it and the score: how often it prefers the better of held-out pairs."""
+    """Train a model. Return it and the score: in what share of held-out pairs it prefers chosen."""
     device = setup(args)
     config, weights, tokenizer = load_model(args) if args.model else pretrain(args, device)
     model = make_model(config, weights, device, args)
@@ -306,6 +309,7 @@ def train(args):
         if log.ref_logprob is None:  # a new run, or one that ended before this was computed
             log.data_hash = data_hash
             log.before = None if args.model else evaluate_sums(model, tokenizer, None, args)
+            # Here the model is still the reference policy.
             log.ref_logprob = (torch.zeros(len(heldout + pairs), 2) if args.reference_free
                                else compute_logprobs(model, heldout + pairs, args))  # [C2]
         elif log.data_hash != data_hash:
@@ -323,16 +327,13 @@ def train(args):
                 log.heldout = evaluate(model, heldout, heldout_ref, args)
                 log.score = log.heldout["heldout_accuracy"]
             log.write(**metrics, **log.heldout)
-    if args.model:  # not after Ctrl-C, which has ended the program above
+    if args.model:  # Ctrl-C does not get here: Logger.__exit__ raises SystemExit
         save_model(log.dir / "model", model, tokenizer)
     else:
         after = evaluate_sums(model, tokenizer, log.before["logprob"], args)
         if get_rank() == 0:
             print_summary(log.before, after)
-    if dist.is_initialized():
-        dist.barrier()  # no process may leave before the others are done
-        time.sleep(0.1)  # lets gloo's threads finish; else the program may abort when it ends
-        dist.destroy_process_group()
+    end_processes()
     return model, log.score
 
 
@@ -751,8 +752,8 @@ def load_pairs(args, tokenizer, model, folder):
         if dist.is_initialized():
             dist.barrier()  # the others read it
     max_length = min(args.max_length, model.config["max_position_embeddings"])
-    # Sorted by the hash of the prompt. Held out are the first rows, and all others with the prompt
-    # of the last of these. The held-out sums of the tiny GPT have the lowest hashes.
+    # Sorted by the hash of the prompt. The first rows are held out, and with them all other rows of
+    # the last one's prompt. The held-out sums of the tiny GPT have the lowest hashes.
     rows = sorted(read_rows(path, lambda row: read_pair(row, tokenizer, max_length),
                             args.skip_bad_rows), key=lambda row: row[0])
     num_heldout = max(min(args.eval_pairs, len(rows) // 10), 1) if args.data else args.eval_pairs
@@ -845,8 +846,8 @@ def split_row(row):
         text = answer if isinstance(answer, str) else answer[-1]["content"]
         if not text.strip():
             raise ValueError(f"`{name}` is empty")
-    # Answers that do not begin with the assistant repeat the prompt. A `prompt` that is a text, and
-    # may be formatted otherwise, is then ignored.
+    # Answers that begin with another role are whole conversations, prompt included. A `prompt` that
+    # is a text, and may be formatted otherwise, is then ignored.
     is_conversation = isinstance(chosen, list) and chosen[0]["role"] != "assistant"
     if is_conversation and isinstance(row.get("prompt"), list) and prompt != chosen[:len(prompt)]:
         raise ValueError("`chosen` does not begin with the messages of `prompt`")
@@ -1137,6 +1138,14 @@ def setup(args):
         raise SystemExit("--loss-type ipo: has no --label-smoothing and no --gamma-margin")
     torch.manual_seed(args.seed)  # the same weights in all processes
     return device
+
+
+def end_processes():
+    """End torch.distributed, if it runs."""
+    if dist.is_initialized():
+        dist.barrier()  # no process may leave before the others are done
+        time.sleep(0.1)  # lets gloo's threads finish; else the program may abort when it ends
+        dist.destroy_process_group()
 
 
 def get_rank():

@@ -18,9 +18,9 @@ Equation numbers refer to DeepSeekMath, arXiv 2402.03300:
     k3 = π_ref/π − log(π_ref/π) − 1                                 estimates the KL   (4)
 
 Implementation choices:
-[C1] --preset selects a variant. "scale" is how r − mean r is scaled, see group_advantage; "loss" is
-     how tokens are averaged, see token_weight. The loss "cispo" averages like "dapo", but has
-     another objective, see policy_loss. With β = 0 there is no reference policy.
+[C1] --preset selects a variant. "scale" is how r − mean r is scaled, see group_advantage. "loss" is
+     the objective, see policy_loss, and how tokens are averaged, see token_weight. With β = 0 there
+     is no reference policy. "cispo" does not use ε.
                 scale          loss     ratio     ε       ε_high  β     paper (arXiv)
        default  none           dapo     token     0.2     0.28    0
        grpo     group          grpo     token     0.2     0.2     0.04  2402.03300
@@ -29,25 +29,25 @@ Implementation choices:
        gspo     group          grpo     sequence  0.0003  0.0004  0     2507.18071
        cispo    group          cispo    token     0.2     4       0     2506.13585
        rloo     leave-one-out  dr_grpo  token     0.2     0.2     0     2402.14740
-     The default does not divide by std. Other parts of these papers are left out.
-[C2] π_old is π before the first update on a batch. With one update per batch, the default, ρ = 1.
-     Then ratio and clip do nothing, and the gradient is that of REINFORCE with a baseline,
-     −Â ∇log π of each token. So gspo has the gradient of grpo with β = 0, and cispo that of dapo.
-     The value of the loss says nothing about progress, as the advantages of a group add up to 0.
+     The default does not divide by std, which would give the largest weight to prompts that are
+     nearly always or nearly never solved. Other parts of these papers are left out.
+[C2] π_old is π before the first update on a batch. With one update per batch, the default, ρ = 1
+     and nothing is clipped. But ∇ρ = ∇log π, so the gradient of a token's loss is −Â ∇log π, that
+     of REINFORCE with a baseline. So gspo has the gradient of grpo with β = 0, and cispo that of
+     dapo. The value of the loss is then a weighted mean of −Â and says nothing about progress.
      The trainer computes log π_old. The log π of the sampler is used in metrics only.
-[C3] The KL term is ρ k3. Without ρ its mean would be right, but its gradient would be that of
-     KL(π_ref‖π), the reverse divergence.
-[C4] Groups with equal rewards have Â = 0. They are left out of the loss, of its KL term and of its
-     denominators.
-[C5] Means are over the whole batch, so the gradient does not depend on --micro-batch-size or on
-     the number of processes.
+[C3] The KL term is ρ k3. The paper leaves out ρ. Then the mean is right, too, but the gradient is
+     that of KL(π_ref‖π), another divergence.
+[C4] Groups with equal rewards have Â = 0. They are skipped and do not count in the means.
+[C5] Means are over the whole batch, so for given completions the gradient does not depend on
+     --micro-batch-size or on the number of processes.
 [C6] The stop token is part of the completion and is trained on. The prompt is not.
 [C7] π is softmax(logits / temperature), both in sampling and in the loss.
-[C8] The prompts of a batch are drawn at random from all, without epochs.
+[C8] The prompts of a batch are drawn at random from all, without epochs. One may occur twice.
 
-Shapes: B prompts (of this process), G completions of each, R = B G rows of L inputs and as many
-targets (one less than its tokens), C tokens of the longest possible completion, V vocabulary size,
-D hidden size, K trained tokens of a micro-batch, E size of an attention head, S cached tokens.
+Shapes: B prompts (of this process), G completions of each, R = B G rows of L + 1 tokens, which are
+L inputs and L targets; C tokens of the longest possible completion, V vocabulary size, D hidden
+size, K trained tokens of a micro-batch, E size of an attention head, S cached tokens.
 
     python grpo.py                                              a tiny GPT learns to add
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data questions.jsonl
@@ -59,9 +59,9 @@ model continues, or a list of chat messages. The default reward also needs `answ
      "answer": "56"}
 
 Memory: 16 bytes per parameter for weights, gradients and AdamW, or 4 with LoRA; 2 more with --bf16
-for the model that generates, or 4 more with --compile or several processes and without --bf16;
-4 more with β > 0 and without LoRA. Several processes shard these, but each has all gradients and
-its own model that generates. Activations and the cache come on top.
+for the model that generates, or 4 if a float32 copy generates (--compile, several processes);
+4 more with β > 0 and without LoRA. Several processes share these, but each has all gradients and a
+model that generates. Activations and the cache come on top.
 
 Results, five seeds: greedy accuracy on held-out sums, before -> after, on two cores:
     default: 0.337 -> 0.999 (lowest 0.996), 41 s
@@ -120,7 +120,7 @@ class Args:
     max_grad_norm: float = 1.0  # clip the gradient norm to this
     preset: str = "default"  # a row of the table [C1]; gives the next six flags their defaults
     scale_rewards: Literal["group", "batch", "none", "leave-one-out"] = "none"  # how to scale [C1]
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = "dapo"  # how tokens are averaged
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = "dapo"  # objective and averaging [C1]
     importance_sampling_level: Literal["token", "sequence"] = "token"  # a ratio per token or row
     epsilon: float = 0.2  # clip the ratio below 1 - epsilon
     epsilon_high: float = 0.28  # clip the ratio above 1 + epsilon_high
@@ -177,9 +177,9 @@ def importance_ratio(logprob, old_logprob, mask, level):
 
 
 def policy_loss(ratio, logprob, advantage, loss_type, epsilon, epsilon_high):
-    """Compute the negative objective of each token, (R, L), or of each row, (R, 1), if ratio is so.
+    """Compute the negative objective of each token, (R, L); the loss is its sum with token_weight.
 
-    logprob is (R, L), advantage (R,). token_weight has the weights for their sum.
+    logprob is (R, L), advantage (R,). If ratio is (R, 1), a clipped objective is (R, 1), too.
     """
     advantage = advantage.unsqueeze(1)
     if loss_type == "cispo":  # the clipped ratio is only a weight: every token keeps its gradient
@@ -206,7 +206,7 @@ def token_weight(mask, loss_type, num_rows, num_tokens, max_completion_length):
     """
     if loss_type == "grpo":  # mean over the tokens of each completion, then over completions
         return mask / mask.sum(1, keepdim=True).clamp(min=1) / num_rows       # [C5]
-    if loss_type == "dr_grpo":  # not by length, so that tokens of long completions count as much
+    if loss_type == "dr_grpo":  # a constant: tokens of long and short completions count the same
         return mask / (num_rows * max_completion_length)
     return mask / num_tokens                                                  # mean over all tokens
 
@@ -224,12 +224,13 @@ def token_logprobs(model, inputs, targets, mask, temperature=1.0, chunk_size=102
     (K, V), would be the largest tensor by far.
     """
     hidden = model(inputs)[mask]                                              # (K, D)
-    # After model(inputs): FSDP gathers these weights there and keeps them for the backward pass.
+    # Only after model(inputs): FSDP gathers this weight there and keeps it for the backward pass.
     weight = model.output_weight().to(hidden.dtype)
-    logprobs = [checkpoint(target_logprobs, *chunk, weight, temperature, use_reentrant=False)
-                for chunk in zip(hidden.split(chunk_size), targets[mask].split(chunk_size))]
+    chunks = zip(hidden.split(chunk_size), targets[mask].split(chunk_size))
+    logprobs = [checkpoint(target_logprobs, hidden_chunk, target_chunk, weight, temperature,
+                           use_reentrant=False) for hidden_chunk, target_chunk in chunks]
     zeros = torch.zeros(mask.shape, device=mask.device)
-    return zeros.masked_scatter(mask, torch.cat(logprobs))
+    return zeros.masked_scatter(mask, torch.cat(logprobs))  # row by row, where mask is True
 
 
 def pad_batch(rows, device):
@@ -278,7 +279,7 @@ class Batch(NamedTuple):
 
 def generate_batch(sampler, tokenizer, examples, reward, args):
     """Sample and reward G completions of each example's prompt. Returns a Batch and metrics."""
-    G, device = args.num_generations, args.device
+    G = args.num_generations
     completions = generate(sampler, tokenizer, examples, args)
     rewards = torch.tensor([float(reward(tokenizer.decode(completion.tokens), examples[i // G]))
                             for i, completion in enumerate(completions)]).view(-1, G)  # (B, G)
@@ -288,31 +289,35 @@ def generate_batch(sampler, tokenizer, examples, reward, args):
     equal_rewards = (rewards == rewards[:, :1]).all(1).repeat_interleave(G)       # (R,)  [C4]
     finished = torch.tensor([completion.finished for completion in completions])
     trained = ~equal_rewards & (finished | (not args.mask_truncated_completions))
+    batch = make_batch(completions, advantage, trained, args)
+    logprobs = torch.tensor([x for completion in completions for x in completion.logprobs])
+    metrics = {"reward": rewards.mean(), "equal_groups": equal_rewards.float().mean(),
+               "truncated": 1 - finished.float().mean(),
+               "length": torch.tensor(len(logprobs) / len(completions)),
+               "entropy": -logprobs.mean()}  # an estimate, from the sampled tokens
+    return batch, {name: all_gather(mean.view(1)).mean() for name, mean in metrics.items()}
 
+
+def make_batch(completions, advantage, trained, args):
+    """Pad R completions to a Batch; advantage and trained, those to learn from, are (R,)."""
     lengths = [len(completion.prompt) + len(completion.tokens) for completion in completions]
     # Rows to learn from come first, so that the others can be left out. Longer rows come before
     # shorter ones, so that a micro-batch needs little padding.
     order = sorted(range(len(lengths)), key=lambda i: (bool(trained[i]), lengths[i]), reverse=True)
-    rows = [completions[i] for i in order]
+    rows, device = [completions[i] for i in order], args.device
     inputs, targets, completion_mask = pad_batch([(row.prompt, row.tokens) for row in rows], device)
     sampled_logprob = pad_sequence(
         [torch.tensor([0.0] * len(row.prompt) + row.logprobs) for row in rows], batch_first=True)
     mask = completion_mask & trained[order].unsqueeze(1).to(device)
     # FSDP forward passes involve all processes: each runs as many micro-batches as the one with the
     # most rows to learn from. Processes with fewer fill up with rows whose mask is empty. Columns
-    # after the end of the first row, the longest, are left out. A row of n tokens has n - 1 inputs.
+    # after the end of the longest row to learn from, the first, are left out.
     max_rows = int(all_gather(trained.sum().view(1)).max())
     micro_batches = [(slice(start, min(start + args.micro_batch_size, max_rows)),
                       slice(0, lengths[order[start]] - 1))
                      for start in range(0, max_rows, args.micro_batch_size)]
-    batch = Batch(inputs, targets, mask, sampled_logprob[:, 1:].to(device),
-                  advantage[order].to(device), micro_batches)
-    metrics = {"reward": rewards.mean(), "equal_groups": equal_rewards.float().mean(),
-               "truncated": 1 - finished.float().mean(),
-               "length": completion_mask.sum() / len(rows),
-               # An estimate, from the sampled tokens.
-               "entropy": -batch.sampled_logprob.sum() / completion_mask.sum()}
-    return batch, {name: all_gather(mean.view(1)).mean() for name, mean in metrics.items()}
+    return Batch(inputs, targets, mask, sampled_logprob[:, 1:].to(device),
+                 advantage[order].to(device), micro_batches)
 
 
 def update(model, reference, optimizer, batch, args):
@@ -320,8 +325,8 @@ def update(model, reference, optimizer, batch, args):
     num_rows, num_tokens = all_reduce_sum(torch.stack([batch.mask.any(1).sum(), batch.mask.sum()]))
     weight = token_weight(batch.mask, args.loss_type, num_rows, num_tokens,
                           args.max_completion_length)                             # (R, L)
-    # log π, log π_old and log π_ref of each token. The first iteration, in which π is still π_old,
-    # fills in the last two.
+    # log π, log π_old and log π_ref of each token. The last two are set in the first iteration, in
+    # which π is still π_old.
     logprobs, old_logprobs, ref_logprobs = torch.zeros(3, *weight.shape, device=weight.device)
     loss_sum = torch.zeros((), device=weight.device)
     for iteration in range(args.num_iterations):
@@ -333,7 +338,7 @@ def update(model, reference, optimizer, batch, args):
             logprobs[part] = logprob.detach()
             if iteration == 0:
                 old_logprobs[part] = logprob.detach()                             # [C2]
-            if iteration == 0 and reference:  # whose parameters have no gradients
+            if iteration == 0 and reference:  # its parameters are frozen, so no_grad is not needed
                 ref_logprobs[part] = token_logprobs(reference, inputs, targets, mask,
                                                     args.temperature)
             ratio = importance_ratio(logprob, old_logprobs[part], mask,
@@ -344,7 +349,7 @@ def update(model, reference, optimizer, batch, args):
                 loss = loss + args.beta * kl_estimate(
                     logprob, old_logprobs[part], ref_logprobs[part])
             loss = (loss * weight[part]).sum()
-            if dist.is_initialized():  # add up the gradients of all processes after the last part
+            if dist.is_initialized():  # FSDP adds up gradients only in the last micro-batch
                 model.set_requires_gradient_sync(part == batch.micro_batches[-1])
             loss.backward()
             loss_sum += loss.detach() / args.num_iterations
@@ -399,13 +404,10 @@ def train(args, reward=None):
                 log.score, transcripts = result
                 log.write_transcripts(transcripts)
             log.write(**metrics)
-    if args.model:  # not after Ctrl-C, which has ended the program above
+    if args.model:  # Ctrl-C does not get here: Logger.__exit__ raises SystemExit
         save_model(log.dir / "model", model, tokenizer)
     print_evaluation(log.step, *result)
-    if dist.is_initialized():
-        dist.barrier()  # no process may leave before the others are done
-        time.sleep(0.1)  # lets gloo's threads finish; else the program may abort when it ends
-        dist.destroy_process_group()
+    end_processes()
     return model, log.score
 
 
@@ -1250,6 +1252,14 @@ def setup(args):
                          "and --eval-prompts above 0")
     torch.manual_seed(args.seed)  # the same weights in all processes
     return device
+
+
+def end_processes():
+    """End torch.distributed, if it runs."""
+    if dist.is_initialized():
+        dist.barrier()  # no process may leave before the others are done
+        time.sleep(0.1)  # lets gloo's threads finish; else the program may abort when it ends
+        dist.destroy_process_group()
 
 
 def get_rank():

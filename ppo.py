@@ -8,9 +8,9 @@
 
 Play T steps in each of N environments. Estimate with a learned value function V how much better
 each action did than expected: its advantage Â. Then take several epochs of minibatch gradient steps
-on this batch. r_t is the ratio of the new to the old probability of an action. Once it is above
-1 + ε where Â > 0, or below 1 − ε where Â < 0, the action has no gradient. This keeps the policy
-near the one that played.
+on this batch. r_t is the ratio of the new to the old probability of an action. If Â > 0 and
+r_t > 1 + ε, or Â < 0 and r_t < 1 − ε, the minimum in (7) is constant: the action has no gradient.
+This keeps the policy near the one that played.
 Equation numbers refer to arXiv 1707.06347:
 
     r_t(θ) = π(a_t|s_t; θ) / π_old(a_t|s_t)                              (6)
@@ -21,10 +21,12 @@ Equation numbers refer to arXiv 1707.06347:
 
 Implementation choices:
 [C1] In (12), V(s_{t+1}) is 0 if s_{t+1} is terminal. At a time limit it is V of the episode's last
-     observation. Either way the sum (11) stops there. In Atari games a lost life also counts as
-     terminal in (11) and (12); the logged return goes on until the game ends.
-[C2] gymnasium resets an environment in the step after the end of an episode. That step ignores the
-     action and returns the first observation of the next episode. It is excluded from the batch.
+     observation. Either way the sum (11) stops there. It also stops at the end of the batch, where
+     V(s_{t+1}) stands for the rest. In Atari games a lost life also counts as terminal in (11) and
+     (12); the logged return goes on until the game ends.
+[C2] If step t ends an episode, it returns the episode's last observation. Step t + 1 only resets:
+     gymnasium ignores its action and returns the first observation of the next episode. Such a
+     step is excluded from the batch.
 [C3] V_target = Â + V of the network that played. The value loss is not clipped.
 [C4] Advantages are normalized over the whole batch.
 [C5] The learning rate decays linearly to 0. Adam's epsilon is 1e-5. The gradient norm is clipped.
@@ -32,11 +34,12 @@ Implementation choices:
      E[r − 1 − log r], exceeds 1.5 times this target (joschu.net/blog/kl-approx.html).
 [C7] Vectors: separate networks for π and V. Images: one CNN for both. Orthogonal initialization
      with gain √2, 0.01 for the output of π, 1 for that of V.
-[C8] --norm-obs: observations minus the mean, divided by the standard deviation of all earlier
-     batches. An extra first batch only starts these statistics: it is not learned from, logged or
-     counted. --norm-reward: rewards divided by the standard deviation of the discounted sums
-     R_t = reward_t + γ R_{t−1} within an episode; here the current batch counts, too. Both results
-     are clipped to ± 10.
+[C8] --norm-obs: observations minus their mean, divided by their standard deviation. The statistics
+     are those of all earlier batches and change after each update. An extra first batch only
+     starts them: it is not learned from, logged or counted.
+     --norm-reward: rewards divided by the standard deviation of the discounted sums
+     R_t = reward_t + γ R_{t−1} within an episode, this batch included.
+     Both results are clipped to ± 10.
 [C9] Box actions: the environment gets the sampled action scaled from [-1, 1] to its bounds, if both
      are within ± 1e6, and clipped. log π is that of the sample.
 [C10] Under torchrun each process plays in its share of the N environments. Gradients are averaged
@@ -54,8 +57,8 @@ seed, and seconds on two cores:
     Acrobot-v1, 200,704 steps: -83 (-87), 11 s
     MountainCar-v0, 1,001,472 steps: -107 (-110), 30 s
     LunarLander-v3, 1,001,472 steps: 269 (250), 51 s
-    Pendulum-v1, 301,056 steps: -150 (-183), 108 s
-    HalfCheetah-v5, 1,001,472 steps: 5,848 (4,032), 358 s
+    Pendulum-v1, 301,056 steps: -150 (-183), 52 s
+    HalfCheetah-v5, 1,001,472 steps: 5,848 (4,032), 208 s
     Hopper-v5, 1,001,472 steps: 2,377 (1,420), 322 s
     Walker2d-v5, 1,001,472 steps: 3,720 (1,755), 331 s
 """
@@ -118,7 +121,7 @@ class Args:
     wandb_project: str = "policy-gradients"
 
 
-# What differs from Args: for Box actions, and for images, whatever the actions.
+# What differs from Args: for vectors and Box actions, and for images and any actions.
 PRESETS = {
     "continuous": {"total_timesteps": 1_000_000, "learning_rate": 3e-4, "num_envs": 8,
                    "num_steps": 256, "gae_lambda": 0.9, "num_minibatches": 32,
@@ -133,13 +136,14 @@ def gae(reward, value, next_value, terminal, truncated, gamma, gae_lambda):
     """Compute generalized advantage estimates (T, N); all inputs are (T, N).
 
     next_value[t] is V(s_{t+1}). If step t ended an episode, s_{t+1} is its last observation, not
-    the first one of the next episode. Rows of steps that only reset have no meaning.
+    the first one of the next episode. Rows of steps that only reset have no meaning, and no effect
+    on other rows.
     """
     delta = reward + gamma * next_value * ~terminal - value                       # (12) [C1]
     advantage = torch.zeros_like(reward)
     next_advantage = torch.zeros_like(reward[0])
     for t in reversed(range(len(reward))):
-        continues = ~(terminal[t] | truncated[t])
+        continues = ~(terminal[t] | truncated[t])  # a time limit is not terminal, but ends the sum
         advantage[t] = delta[t] + gamma * gae_lambda * next_advantage * continues  # (11)
         next_advantage = advantage[t]
     return advantage
@@ -266,7 +270,7 @@ class Agent(nn.Module):
         super().__init__()
         # Outputs of the policy: a logit for each choice, or the mean of each Box component.
         self.choices = num_choices(action_space)
-        size = sum(self.choices) or gym.spaces.flatdim(action_space)
+        size = sum(self.choices) if self.choices else gym.spaces.flatdim(action_space)
         self.cnn, self.obs_moments = None, None
         if len(obs_shape) == 3:
             self.cnn = nature_cnn(*obs_shape)
@@ -364,7 +368,7 @@ def update(agent, optimizer, batch, args):
         if args.target_kl is not None and moments(kl)[1] > 1.5 * args.target_kl:
             break  # in all processes, before the step of this minibatch          # [C6]
         optimizer.step()
-    return {name: torch.stack([row[name] for row in history]).mean().item() for name in metrics}
+    return {name: torch.stack([row[name] for row in history]).mean().item() for name in history[0]}
 
 
 def train(args):
@@ -388,7 +392,7 @@ def train(args):
             *_, rollout = collect(envs, agent, obs, valid, args.num_steps)
             agent.obs_moments.update(rollout["obs"][rollout["valid"]])            # [C8]
             obs = envs.reset()  # so valid is still True for all
-        # Sums of the episodes that go on from one batch to the next, (N,).
+        # Sums so far of the episodes that have not ended, for the next batch, (N,).
         episode_return, discounted_return = torch.zeros(2, len(obs), device=device)
         while log.step < args.total_timesteps and not log.reached(args.stop_at):
             remaining = 1 - log.step / args.total_timesteps if args.anneal_lr else 1

@@ -126,6 +126,19 @@ def test_older_style_of_config(script, family, tmp_path):
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_missing_keys_have_the_defaults_of_transformers(script, tmp_path):
+    write(tmp_path, {"model_type": "llama", "num_key_value_heads": 4})
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "head_dim",
+                "rope_parameters"):
+        config.pop(key, None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    model, _ = load(script, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model), peer(TOKENS).logits, atol=1e-5, rtol=1e-4)
+
+
 def test_sharded_weight_files(script, tmp_path):
     peer = write(tmp_path, "qwen2", max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
