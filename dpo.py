@@ -82,6 +82,7 @@ import time
 from array import array
 from collections import Counter
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -1119,7 +1120,8 @@ def setup(args):
     if dist.is_torchelastic_launched():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=2))  # while one process saves, others wait
         world_size = dist.get_world_size()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     if args.batch_size % world_size:
@@ -1285,10 +1287,10 @@ class Logger:
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
-        signal.signal(signal.SIGINT, self.old_handler)
         # Saving needs all processes. After an error in one, the others are still in a batch.
         if kind is None or (issubclass(kind, Exception) and not dist.is_initialized()):
             self.save()
+        signal.signal(signal.SIGINT, self.old_handler)
         if get_rank() == 0 and kind is not SystemExit:  # a mistake of the user's has its own line
             print(f"score {self.score:.3f} after {self.step} batches, {self.seconds:.0f} s; "
                   f"files in {self.dir}")

@@ -745,7 +745,7 @@ class Logger:
     def __exit__(self, kind, error, traceback):
         self.bar.close()
         if self.is_main and self.checkpoint:
-            self.save()  # the last whole iteration, also after an error
+            self.save()  # the last whole iteration, also after an error in this process
             print(f"score {self.score:.1f} after {self.step:,} steps; files in {self.dir}")
         if kind is KeyboardInterrupt:
             raise SystemExit(130)

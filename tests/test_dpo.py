@@ -1,5 +1,6 @@
 """dpo.py: loss and gradient to the equation, scores, made pairs, data, runs, two processes."""
 
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -1046,6 +1047,19 @@ def test_handler_of_ctrl_c_is_restored(llama, tmp_path, capsys):
     before = signal.getsignal(signal.SIGINT)
     assert call(capsys, *llama, "--max-steps", 1, "--run-dir", tmp_path)[0] == 0
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_during_the_last_save_does_not_stop_it(llama, tmp_path, capsys, monkeypatch):
+    save = torch.save
+
+    def pressed(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*args)
+
+    monkeypatch.setattr(torch, "save", pressed)
+    with contextlib.suppress(KeyboardInterrupt):  # it would end pytest
+        assert call(capsys, *llama, "--max-steps", 2, "--run-dir", tmp_path)[0] == 130
+    assert read_checkpoint(tmp_path)["progress"]["step"] == 2
 
 
 def test_a_second_ctrl_c_stops_at_once(llama, tmp_path, capsys, monkeypatch):

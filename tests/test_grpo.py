@@ -1,5 +1,6 @@
 """grpo.py: the algorithm against its equations and TRL, sampling, data, runs, two processes."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -1263,6 +1264,19 @@ def test_handler_of_ctrl_c_is_restored(tmp_path, capsys):
     before = signal.getsignal(signal.SIGINT)
     assert call(capsys, *SHORT, "--max-steps", 1, "--run-dir", tmp_path)[0] == 0
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_during_the_last_save_does_not_stop_it(tmp_path, capsys, monkeypatch):
+    save = torch.save
+
+    def pressed(*args):
+        signal.raise_signal(signal.SIGINT)
+        save(*args)
+
+    monkeypatch.setattr(torch, "save", pressed)
+    with contextlib.suppress(KeyboardInterrupt):  # it would end pytest
+        assert call(capsys, *SHORT, "--max-steps", 2, "--run-dir", tmp_path)[0] == 130
+    assert saved(tmp_path)["progress"]["step"] == 2
 
 
 def test_second_ctrl_c_stops_at_once(tmp_path, capsys):
