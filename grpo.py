@@ -58,10 +58,9 @@ model continues, or a list of chat messages. The default reward also needs `answ
     {"prompt": [{"role": "user", "content": "What is 7 * 8? Put the answer in \\boxed{}."}],
      "answer": "56"}
 
-Memory: 16 bytes per parameter for weights, gradients and AdamW, or 4 with LoRA; 2 more with --bf16
-for the model that generates, or 4 if a float32 copy generates (--compile, several processes);
-4 more with β > 0 and without LoRA. Several processes share these, but each has all gradients and a
-model that generates. Activations and the cache come on top.
+Memory in bytes per parameter: 16 for weights, gradients and AdamW, or 4 with LoRA; 2 with --bf16,
+else 4 with --compile or torchrun, for a copy that generates; 4 with β > 0 and without LoRA. Under
+torchrun all but the gradients and this copy are shared. Activations and the cache come on top.
 
 Results, five seeds: greedy accuracy on held-out sums, before -> after, on two cores:
     default: 0.337 -> 0.999 (lowest 0.996), 41 s

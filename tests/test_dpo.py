@@ -1283,7 +1283,7 @@ try:
     dpo.setup(t.flags(batch_size=3))
 except SystemExit as error:
     results["refused"] = str(error)
-dist.init_process_group = dist.destroy_process_group = lambda *args: None  # one group for all
+dist.init_process_group = dist.destroy_process_group = lambda *_, **__: None  # one group for all
 results["learned"] = {{rank: t.learn(rank) for rank in (0, 2)}}
 dpo.tiny_config = t.small_config
 

@@ -1510,7 +1510,7 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import grpo, test_grpo
 grpo.dist.init_process_group("gloo")
-grpo.dist.init_process_group = grpo.dist.destroy_process_group = lambda *_: None
+grpo.dist.init_process_group = grpo.dist.destroy_process_group = lambda *_, **__: None
 for flags in {calls!r}:
     sys.argv = ["grpo.py", "--device", "cpu", *flags]
     grpo.train(grpo.parse_args(), test_grpo.judge)
@@ -1545,7 +1545,7 @@ def test_runs_of_two_processes(folder, tmp_path, capsys):
 
 def test_batch_that_processes_cannot_share_is_refused(monkeypatch):
     monkeypatch.setattr(grpo.dist, "is_torchelastic_launched", lambda: True)
-    monkeypatch.setattr(grpo.dist, "init_process_group", lambda *_: None)
+    monkeypatch.setattr(grpo.dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(grpo.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(grpo.dist, "get_world_size", lambda: 3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
