@@ -283,7 +283,8 @@ def update(model, optimizer, pairs, ref_logprob, args):
         loss = pair_losses(logprob, ref_logprob[part], length[part], args)        # (M,)
         if dist.is_initialized():  # FSDP adds up gradients only in the last micro-batch
             model.set_requires_gradient_sync(part.stop >= len(pairs))
-        (loss.sum() / args.batch_size).backward()  # batch_size: of all processes   [C5]
+        # batch_size counts the pairs of all processes, and FSDP adds up their gradients.
+        (loss.sum() / args.batch_size).backward()                                 # [C5]
         logprobs[part] = logprob.detach()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm,
                                          error_if_nonfinite=True)

@@ -299,7 +299,7 @@ def generate_batch(sampler, tokenizer, examples, reward, args):
 
 
 def make_batch(completions, advantage, trained, args):
-    """Pad R completions to a Batch; advantage and trained, those to learn from, are (R,)."""
+    """Pad R completions to a Batch; trained (R,) says which to learn from, advantage is (R,)."""
     lengths = [len(completion.prompt) + len(completion.tokens) for completion in completions]
     # Rows to learn from come first, so that the others can be left out. Longer rows come before
     # shorter ones, so that a micro-batch needs little padding.
