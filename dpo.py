@@ -684,7 +684,7 @@ class Tokenizer:
         self.template = jinja.from_string(source)
         turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         with contextlib.suppress(ValueError):  # a template may refuse this conversation
-            after_answer = self.render(turn, False).rpartition("answer")[2]
+            after_answer = self.render(turn, False).rpartition("answer")[2].lstrip()
             first = self.encode(after_answer)[:1]
             if first and first[0] in self.tokenizer.get_added_tokens_decoder():
                 self.stop_ids += [token for token in first if token not in self.stop_ids]
@@ -811,7 +811,7 @@ def read_pair(row, tokenizer, max_length):
         prompt_ids = tokenizer.encode(start)
         answers = [text.removeprefix(start) for text in conversations]
     chosen, rejected = (encode_answer(text, tokenizer) for text in answers)
-    if not prompt_ids:
+    if not prompt or not prompt_ids:
         raise ValueError("the prompt is empty")
     if chosen == rejected:
         raise ValueError("`chosen` and `rejected` are equal")
@@ -823,12 +823,14 @@ def read_pair(row, tokenizer, max_length):
 def encode_answer(text, tokenizer):
     """Return the token ids of an answer, which end with a stop token.
 
-    What follows the last stop token, such as a line break of the chat template, is cut off. An
-    answer without a stop token gets one.
+    White space after the last stop token, from the chat template, is cut off. An answer that does
+    not end with a stop token gets one.
     """
     ids = tokenizer.encode(text)                                                  # [C4]
-    stops = [i for i, token in enumerate(ids) if token in tokenizer.stop_ids]
-    return ids[:stops[-1] + 1] if stops else ids + tokenizer.stop_ids[:1]         # [C6]
+    end = 1 + max((i for i, token in enumerate(ids) if token in tokenizer.stop_ids), default=-1)
+    if end == 0 or tokenizer.decode(ids[end:]).strip():
+        return ids + tokenizer.stop_ids[:1]                                       # [C6]
+    return ids[:end]
 
 
 def split_row(row):
@@ -837,6 +839,8 @@ def split_row(row):
     If one of them is a list of messages, a prompt that is a text becomes a message of the user, and
     an answer that is a text one of the assistant.
     """
+    if "prompt" not in row and row.keys() & {"question", "instruction", "input", "query"}:
+        raise ValueError("rename the column that has the prompt to `prompt`")
     parts = [row.get(name) for name in ("prompt", "chosen", "rejected")]
     if any(isinstance(part, list) for part in parts):
         parts = [[{"role": role, "content": part}] if isinstance(part, str) else part
@@ -888,30 +892,28 @@ def read_rows(path, convert, skip_bad_rows):
     opener = gzip.open if str(path).endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
-            lines = file.readlines()
-        is_array = next(filter(str.strip, lines), "").lstrip().startswith("[")
-        items = json.loads("".join(lines)) if is_array else lines
+            items = file.readlines()
+        if next(filter(str.strip, items), "").lstrip().startswith("["):
+            items = map(json.dumps, json.loads("".join(items)))
     except (OSError, EOFError, ValueError) as error:
         raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
     rows, bad = [], Counter()
-    for number, row in enumerate(items, 1):
-        if isinstance(row, str) and not row.strip():  # an empty line
+    for number, item in enumerate(items, 1):
+        if not item.strip():  # an empty line
             continue
         try:
             with contextlib.suppress(ValueError):  # no JSON: stays a text, which is refused
-                row = row if is_array else json.loads(row)
-            if not isinstance(row, dict):
+                item = json.loads(item)
+            if not isinstance(item, dict):
                 raise ValueError("not a JSON object; expected JSON lines or a JSON array")
-            rows.append(convert(row))
-        except ValueError as error:
+            rows.append(convert(item))
+        except (ValueError, TypeError) as error:  # TypeError: a text that is not valid Unicode
             if not skip_bad_rows:
-                place = "item" if is_array else "line"
-                raise SystemExit(f"--data {path}, {place} {number}: {error}") from error
+                raise SystemExit(f"--data {path}, row {number}: {error}") from error
             bad[str(error)] += 1
     used = [row for row in rows if row is not None]
     if get_rank() == 0:
-        print(f"--data {path}: {len(rows) + bad.total()} rows, of which "
-              f"{len(rows) - len(used)} are too long and {bad.total()} bad")
+        print(f"{path}: {len(used)} rows used, {len(rows) - len(used)} too long, {bad.total()} bad")
         for reason, count in bad.most_common(10):
             print(f"  {count} skipped: {reason}")
     if not used:
@@ -1127,10 +1129,10 @@ def setup(args):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     if args.batch_size % world_size:
         raise SystemExit(f"--batch-size {args.batch_size}: not divisible by {world_size} processes")
+    if args.run_dir and not args.resume and any(Path(args.run_dir).glob("*.pt")):
+        raise SystemExit(f"--run-dir {args.run_dir}: holds a run already; choose another folder")
     if bool(args.data) != bool(args.model):
         raise SystemExit("--model and --data: give both, or neither for the tiny GPT")
-    if args.data and not Path(args.data).is_file():
-        raise SystemExit(f"--data {args.data}: no such file")
     try:
         json.loads(args.chat_template_kwargs).items()
     except (ValueError, AttributeError) as error:
@@ -1179,8 +1181,8 @@ def load_checkpoint(folder):
 
 
 # The attributes of Logger that a checkpoint keeps.
-PROGRESS = ("step", "seconds", "score", "before", "heldout", "ref_logprob", "data_hash",
-            "wandb_id")
+PROGRESS = ("step", "seconds", "score", "csv_size", "before", "heldout", "ref_logprob",
+            "data_hash", "wandb_id")
 
 
 class Logger:
@@ -1193,7 +1195,7 @@ class Logger:
 
     def __init__(self, args, model, optimizer):
         self.args, self.model, self.optimizer = args, model, optimizer
-        self.step, self.seconds, self.score = 0, 0.0, math.nan
+        self.step, self.seconds, self.score, self.csv_size = 0, 0.0, math.nan, 0
         self.before, self.heldout, self.ref_logprob, self.data_hash = None, {}, None, None
         self.wandb, self.wandb_id, self.interrupted = None, None, False
         task = Path(args.data).stem or "addition"
@@ -1204,19 +1206,15 @@ class Logger:
         self.dir = Path(args.resume or args.run_dir or f"runs/{shared[0]}")
         if args.resume:
             self.load()
-        elif get_rank() == 0 and (self.dir / "checkpoint.pt").exists():
-            raise SystemExit(f"--run-dir {self.dir}: holds a run already; choose another folder")
         self.start, self.saved_at = time.perf_counter() - self.seconds, time.perf_counter()
         self.bar = tqdm(initial=self.step, unit=" batches", disable=get_rank() > 0 or None)
-        self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
         if get_rank() > 0:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
-        path = self.dir / "metrics.csv"  # a header and a row for each batch
-        lines = path.read_text().splitlines(keepends=True)[:self.step + 1] if self.step else []
-        self.csv = path.open("w", buffering=1)
-        self.csv.writelines(lines)  # not those that are newer than the checkpoint
+        self.csv = (self.dir / "metrics.csv").open("a", buffering=1)
+        # Drop rows that are newer than the checkpoint.
+        self.csv.seek(self.csv.truncate(min(self.csv_size, self.csv.tell())))
         if args.track:
             import wandb
 
@@ -1246,6 +1244,7 @@ class Logger:
             if self.csv.tell() == 0:
                 print(*row.keys(), sep=",", file=self.csv)  # header
             print(*row.values(), sep=",", file=self.csv)
+            self.csv_size = self.csv.tell()
             if self.wandb:
                 self.wandb.log(row, step=self.step)
         waited = all_gather(torch.tensor([time.perf_counter() - self.saved_at]))
@@ -1284,6 +1283,7 @@ class Logger:
                 self.model, self.optimizer, saved["optimizer"], options=options)
 
     def __enter__(self):
+        self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
         return self
 
     def __exit__(self, kind, error, traceback):

@@ -281,7 +281,7 @@ def generate_batch(sampler, tokenizer, examples, reward, args):
     """Sample and reward G completions of each example's prompt. Returns a Batch and metrics."""
     G = args.num_generations
     completions = generate(sampler, tokenizer, examples, args)
-    rewards = torch.tensor([float(reward(tokenizer.decode(completion.tokens), examples[i // G]))
+    rewards = torch.tensor([float(reward(completion_text(completion, tokenizer), examples[i // G]))
                             for i, completion in enumerate(completions)]).view(-1, G)  # (B, G)
     # --scale-rewards batch needs the rewards of all processes. Each then keeps its own groups.
     advantage = group_advantage(all_gather(rewards), args.scale_rewards)
@@ -477,10 +477,14 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
     # Finished rows are dropped only every 16 tokens, so they may go on after their stop token.
     first_stop = torch.isin(tokens, stop_ids).int().argmax(1)
     length = torch.where(finished, first_stop + 1, max_completion_length)
-    rows = zip(prompt_of_row.tolist(), tokens.tolist(), logprobs.tolist(), length.tolist(),
-               finished.tolist())
+    rows = zip(*(x.tolist() for x in (prompt_of_row, tokens, logprobs, length, finished)))
     return [Completion(prompts[i], row[:n], logprob[:n], done)
             for i, row, logprob, n, done in rows]
+
+
+def completion_text(completion, tokenizer):
+    """Return the text of a Completion, without the stop token."""
+    return tokenizer.decode(completion.tokens[:len(completion.tokens) - completion.finished])
 
 
 def choose_token(logprob, temperature):
@@ -891,7 +895,7 @@ class Tokenizer:
         self.template = jinja.from_string(source)
         turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         with contextlib.suppress(ValueError):  # a template may refuse this conversation
-            after_answer = self.render(turn, False).rpartition("answer")[2]
+            after_answer = self.render(turn, False).rpartition("answer")[2].lstrip()
             first = self.encode(after_answer)[:1]
             if first and first[0] in self.tokenizer.get_added_tokens_decoder():
                 self.stop_ids += [token for token in first if token not in self.stop_ids]
@@ -957,11 +961,12 @@ def encode_prompt(prompt, tokenizer):
     check_messages("prompt", prompt)
     if prompt[-1]["role"] != "assistant":
         return tokenizer.encode(tokenizer.render(prompt, add_generation_prompt=True))
-    mark = "<last message>"  # find its place in the text, then cut there
-    text = tokenizer.render([*prompt[:-1], prompt[-1] | {"content": mark}], False)
-    if mark not in text:
+    last = prompt[-1] | {"content": prompt[-1]["content"] + "<end of message> "}
+    text, mark, rest = tokenizer.render([*prompt[:-1], last], False).rpartition("<end of message>")
+    if not mark:
         raise ValueError("the last message cannot be continued: the chat template changes it")
-    return tokenizer.encode(text.partition(mark)[0] + prompt[-1]["content"].strip())
+    # Without the space after the mark, the template removes white space at the end of messages.
+    return tokenizer.encode(text if rest.startswith(" ") else text.rstrip())
 
 
 def load_examples(args, tokenizer, config, reward):
@@ -973,8 +978,7 @@ def load_examples(args, tokenizer, config, reward):
     room = min(args.max_length, context_length) - args.max_completion_length
     if room < 1:
         raise SystemExit(f"--max-completion-length {args.max_completion_length}: no room for a "
-                         f"prompt, as --max-length is {args.max_length} and the model has "
-                         f"{context_length} positions")
+                         f"prompt: --max-length is {args.max_length}, the model's {context_length}")
     if not args.data:
         rng = random.Random("held out")
         return addition, [addition(rng, held_out=True) for _ in range(args.eval_prompts)]
@@ -983,7 +987,7 @@ def load_examples(args, tokenizer, config, reward):
         if reward is default_reward:
             check_answer(row.get("answer"), tokenizer, args.max_completion_length)
         length = len(encode_prompt(row.get("prompt"), tokenizer))
-        if length == 0:
+        if not row["prompt"] or length == 0:
             raise ValueError("the prompt is empty")
         return row if length <= room else None
 
@@ -1035,30 +1039,28 @@ def read_rows(path, convert, skip_bad_rows):
     opener = gzip.open if str(path).endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
-            lines = file.readlines()
-        is_array = next(filter(str.strip, lines), "").lstrip().startswith("[")
-        items = json.loads("".join(lines)) if is_array else lines
+            items = file.readlines()
+        if next(filter(str.strip, items), "").lstrip().startswith("["):
+            items = map(json.dumps, json.loads("".join(items)))
     except (OSError, EOFError, ValueError) as error:
         raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
     rows, bad = [], Counter()
-    for number, row in enumerate(items, 1):
-        if isinstance(row, str) and not row.strip():  # an empty line
+    for number, item in enumerate(items, 1):
+        if not item.strip():  # an empty line
             continue
         try:
             with contextlib.suppress(ValueError):  # no JSON: stays a text, which is refused
-                row = row if is_array else json.loads(row)
-            if not isinstance(row, dict):
+                item = json.loads(item)
+            if not isinstance(item, dict):
                 raise ValueError("not a JSON object; expected JSON lines or a JSON array")
-            rows.append(convert(row))
-        except ValueError as error:
+            rows.append(convert(item))
+        except (ValueError, TypeError) as error:  # TypeError: a text that is not valid Unicode
             if not skip_bad_rows:
-                place = "item" if is_array else "line"
-                raise SystemExit(f"--data {path}, {place} {number}: {error}") from error
+                raise SystemExit(f"--data {path}, row {number}: {error}") from error
             bad[str(error)] += 1
     used = [row for row in rows if row is not None]
     if get_rank() == 0:
-        print(f"--data {path}: {len(rows) + bad.total()} rows, of which "
-              f"{len(rows) - len(used)} are too long and {bad.total()} bad")
+        print(f"{path}: {len(used)} rows used, {len(rows) - len(used)} too long, {bad.total()} bad")
         for reason, count in bad.most_common(10):
             print(f"  {count} skipped: {reason}")
     if not used:
@@ -1073,12 +1075,14 @@ def default_reward(completion, example):
     """Return 1.0 if the final answer of a completion, a text, is example["answer"], else 0.0.
 
     The final answer is the content of the last \\boxed{}, else the line after the last ####; it
-    must be the answer, or contain one number with its value. Else the last number counts.
+    must be the answer, or contain one number with its value, as in "x = 5 km", but no formula. Else
+    the last number counts.
     """
     gold, _ = final_answer(str(example["answer"]))
     answer, is_marked = final_answer(completion)
     numbers = NUMBER.findall(answer)
-    if parse_number(gold) is None or not numbers or (is_marked and len(numbers) > 1):
+    is_formula = is_marked and (len(numbers) > 1 or FORMULA.search(answer))
+    if parse_number(gold) is None or not numbers or is_formula:
         return float(answer == gold)
     return float(parse_number(numbers[-1]) == parse_number(gold))
 
@@ -1088,16 +1092,19 @@ def exact_match(completion, example):
     return float(completion == example["answer"])
 
 
-NUMBER = re.compile(r"(?:(?<![\w)])-)?"  # a minus, but not that of 10-5
+NUMBER = re.compile(r"(?:(?<![A-Za-z0-9)])-)?"  # a minus, but not that of 10-5
                     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:[.][0-9]+)?"  # 1,000.50
                     r"|[0-9]*[.][0-9]+|[0-9]+)(?:/[0-9]+)?")  # .5, 18, 5/2
+# \\sqrt{2}, x^2, H_2O, x > 5; x5, x - 5; 5x, 5 - x
+FORMULA = re.compile(r"[\\^_{}<>]|\b[A-Za-z] ?[-+*/]? ?[0-9]|[0-9](?: ?[-+*/] ?)?[A-Za-z]\b")
 
 
 def final_answer(text):
     """Return the marked answer in a text, see default_reward, and True; or the text and False."""
-    text = re.sub(r"\\?[$%]", "", text)  # $ and % do not count
-    text = text.replace("\u2212", "-").replace("{,}", ",")  # a minus sign; 1{,}000 in LaTeX
-    text = re.sub(r"(?<!\d)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
+    text = re.sub(r"\\?[$%]|\^\{?\\circ\}?", "", text)  # $, % and degrees do not count
+    text = re.sub("[\u2212\u2013]", "-", text).replace("{,}", ",").replace(",\\!", ",")  # 1{,}000
+    text = re.sub(r"\\text\{([^{}]*)\}", r" \1", text)
+    text = re.sub(r"(?<!\d)\\[dt]?frac\{(-?[0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
     boxed, open_braces = None, []  # where the content of each open brace begins
     for match in re.finditer(r"\\boxed\{|[{}]", text):
         if match[0] != "}":
@@ -1239,10 +1246,10 @@ def setup(args):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     if args.batch_size % world_size:
         raise SystemExit(f"--batch-size {args.batch_size}: not divisible by {world_size} processes")
+    if args.run_dir and not args.resume and any(Path(args.run_dir).glob("*.pt")):
+        raise SystemExit(f"--run-dir {args.run_dir}: holds a run already; choose another folder")
     if bool(args.data) != bool(args.model):
         raise SystemExit("--model and --data: give both, or neither for the tiny GPT")
-    if args.data and not Path(args.data).is_file():
-        raise SystemExit(f"--data {args.data}: no such file")
     try:
         json.loads(args.chat_template_kwargs).items()
     except (ValueError, AttributeError) as error:
@@ -1294,7 +1301,7 @@ def evaluate(sampler, tokenizer, examples, reward, args):
     """Return the mean reward of a greedy completion of each example, and some of them (dicts)."""
     examples = local_rows(examples)
     completions = generate(sampler, tokenizer, examples, args, greedy=True)
-    texts = [tokenizer.decode(completion.tokens) for completion in completions]
+    texts = [completion_text(completion, tokenizer) for completion in completions]
     rewards = [float(reward(text, example)) for text, example in zip(texts, examples)]
     transcripts = [{"prompt": example["prompt"], "completion": text, "reward": value}
                    for example, text, value in zip(examples, texts, rewards)]
@@ -1303,14 +1310,13 @@ def evaluate(sampler, tokenizer, examples, reward, args):
 
 def print_evaluation(step, mean_reward, transcripts):
     """Print the result of evaluate."""
-    if get_rank() > 0:
-        return
-    print(f"after {step} batches: mean reward {mean_reward:.3f} on held-out prompts (greedy)")
-    for transcript in transcripts:
-        print(f"  {transcript['prompt']!r}: {transcript['completion']!r:.300}")
-    if mean_reward == 0:
-        print("Warning: all rewards are 0. GRPO learns only from prompts whose completions differ "
-              "in reward.")
+    if get_rank() == 0:
+        print(f"after {step} batches: mean reward {mean_reward:.3f} on held-out prompts (greedy)")
+        for transcript in transcripts:
+            print(f"  {transcript['prompt']!r}: {transcript['completion']!r:.300}")
+        if mean_reward == 0:
+            print("Warning: all rewards are 0. GRPO learns only from prompts whose completions "
+                  "differ in reward.")
 
 
 def load_checkpoint(folder):
@@ -1318,7 +1324,8 @@ def load_checkpoint(folder):
     return torch.load(Path(folder) / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
 
 
-PROGRESS = ("step", "seconds", "score", "wandb_id")  # attributes that a checkpoint keeps
+# The attributes of Logger that a checkpoint keeps.
+PROGRESS = ("step", "seconds", "score", "csv_size", "transcripts_size", "wandb_id")
 
 
 class Logger:
@@ -1332,6 +1339,7 @@ class Logger:
     def __init__(self, args, model, optimizer, pretrained):
         self.args, self.model, self.optimizer, self.pretrained = args, model, optimizer, pretrained
         self.step, self.seconds, self.score = 0, 0.0, math.nan
+        self.csv_size, self.transcripts_size = 0, 0
         self.wandb, self.wandb_id, self.interrupted = None, None, False
         task = Path(args.data).stem or "addition"
         name = f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -1339,22 +1347,18 @@ class Logger:
         self.dir = Path(args.resume or args.run_dir or f"runs/{name}-{time.time_ns() % 10**9}")
         if args.resume:
             self.load()
-        elif get_rank() == 0 and (self.dir / "checkpoint.pt").exists():
-            raise SystemExit(f"--run-dir {self.dir}: holds a run already; choose another folder")
         self.start, self.saved_at = time.perf_counter() - self.seconds, time.perf_counter()
         self.bar = tqdm(total=args.max_steps, initial=self.step, unit=" batches",
                         disable=get_rank() > 0 or None)
-        self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
         if get_rank() > 0:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
-        path = self.dir / "metrics.csv"  # a header and a row for each batch
-        lines = path.read_text().splitlines(keepends=True)[:self.step + 1] if self.step else []
-        self.csv = path.open("w", buffering=1)
-        self.csv.writelines(lines)  # not those that are newer than the checkpoint
-        path = self.dir / "transcripts.jsonl"
-        self.transcripts = path.open("a", buffering=1, encoding="utf-8")
+        self.csv = (self.dir / "metrics.csv").open("a", buffering=1)
+        self.transcripts = (self.dir / "transcripts.jsonl").open("a", buffering=1, encoding="utf-8")
+        # Drop rows that are newer than the checkpoint.
+        for file, size in ((self.csv, self.csv_size), (self.transcripts, self.transcripts_size)):
+            file.seek(file.truncate(min(size, file.tell())))
         if args.track:
             import wandb
 
@@ -1385,6 +1389,7 @@ class Logger:
             if self.csv.tell() == 0:
                 print(*row.keys(), sep=",", file=self.csv)  # header
             print(*row.values(), sep=",", file=self.csv)
+            self.csv_size = self.csv.tell()
             if self.wandb:
                 self.wandb.log(row, step=self.step)
         waited = all_gather(torch.tensor([time.perf_counter() - self.saved_at]))
@@ -1397,6 +1402,7 @@ class Logger:
             for transcript in transcripts:
                 row = {"step": self.step} | transcript
                 print(json.dumps(row, ensure_ascii=False), file=self.transcripts)
+            self.transcripts_size = self.transcripts.tell()
 
     def save(self):
         """Write checkpoint.pt: what is trained, and the tiny GPT's weights before GRPO.
@@ -1430,12 +1436,15 @@ class Logger:
                 self.model, self.optimizer, saved["optimizer"], options=options)
 
     def __enter__(self):
+        self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
         return self
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
-        # Saving needs all processes. After an error in one, the others are still in a batch.
-        if kind is None or (issubclass(kind, Exception) and not dist.is_initialized()):
+        # After an error in one process, the others are still in a batch, and saving needs them all.
+        # With several updates per batch, some may be done.
+        is_whole = not dist.is_initialized() and self.args.num_iterations == 1
+        if kind is None or (issubclass(kind, Exception) and is_whole):
             self.save()
         signal.signal(signal.SIGINT, self.old_handler)
         if get_rank() == 0 and kind is not SystemExit:  # a mistake of the user's has its own line

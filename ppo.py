@@ -585,7 +585,8 @@ def wrap_env(env, video_dir):
     if video_dir:
         env = gym.wrappers.RecordVideo(env, video_dir, lambda episode: episode == 0)
     if env.spec.namespace == "ALE":
-        env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
+        env = gym.wrappers.AtariPreprocessing(env)
+        env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")  # as native ones do
     if env.spec.max_episode_steps is None:  # 30,000 is more than any Atari game takes
         env = gym.wrappers.TimeLimit(env, 30_000)
     space = numeric_part(env.observation_space)
@@ -639,14 +640,13 @@ def evaluate(args, folder):
     The agent is that of the checkpoint in the folder. With --video, play one episode at a time and
     record the first into its folder `video`.
     """
-    num_episodes = max(args.eval_episodes, 1)
-    num_envs = 1 if args.video else min(args.num_envs, num_episodes)
+    num_envs = 1 if args.video else max(min(args.num_envs, args.eval_episodes), 1)
     envs = Envs(args, num_envs, args.device, video_dir=f"{folder}/video" if args.video else None)
     agent = Agent(envs.obs_shape, envs.single_action_space, args).to(args.device)
     agent.load_state_dict(load_checkpoint(folder)["agent"])
     # Training seeds are hashes, so this one is almost surely another.
     obs, returns = envs.reset(args.seed + 2**30), []
-    while len(returns) < num_episodes:
+    while len(returns) < max(args.eval_episodes, 1):
         running = torch.ones(num_envs, dtype=torch.bool, device=args.device)
         episode_return = torch.zeros(num_envs, device=args.device)
         while running.any():
@@ -687,7 +687,7 @@ class Logger:
             vars(self).update(saved["progress"])
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-        elif self.is_main and (self.dir / "metrics.csv").exists():
+        elif self.is_main and any(path.stat().st_size for path in self.dir.glob("metrics.csv")):
             raise SystemExit(f"--run-dir {self.dir}: holds a run already; choose another folder")
         self.start = time.perf_counter() - self.seconds
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps",

@@ -87,17 +87,18 @@ def test_prompts_equal_transformers(script, template, tmp_path):
 def test_message_of_the_assistant_is_continued(template, tmp_path):
     folder = make_folder(tmp_path / "model", template)
     ours, theirs = grpo.Tokenizer(folder, {}), transformers.AutoTokenizer.from_pretrained(folder)
-    started = question("Count.", "One, two, ")
-    expected = theirs.apply_chat_template(started, continue_final_message=True)["input_ids"]
-    text = ours.decode(grpo.encode_prompt(started, ours), False)
-    assert text.rstrip() == theirs.decode(expected).rstrip()
+    for start in ("One, two, ", "One, two:\n", "    return", "<think>\n", "\n\nOne"):
+        for asked in ("Count.", "Write <end of message> three times."):
+            started = question(asked, start)
+            expected = theirs.apply_chat_template(started, continue_final_message=True)
+            assert grpo.encode_prompt(started, ours) == expected["input_ids"]
 
 
 @pytest.mark.parametrize("start", ["end", "<", "|", "assistant", "\n"])
 def test_any_beginning_of_a_message_is_continued(start, chatml):
     """Also one that occurs in what ends a turn."""
     text = chatml.decode(grpo.encode_prompt(question("Count.", "ok " + start), chatml), False)
-    assert text == CHAT.format("Count.") + ("ok " + start).strip()
+    assert text == CHAT.format("Count.") + "ok " + start
 
 
 def test_message_that_the_template_changes_cannot_be_continued(tmp_path):
@@ -188,6 +189,15 @@ def test_stop_token_is_the_one_that_ends_a_turn(script, tmp_path):
         ends = [dpo.read_pair({"prompt": prompt, "chosen": "a", "rejected": "b"}, tokenizer, 99)
                 [1].chosen[-1] for prompt in ("Hi", question("Hi"), "Hi")]
         assert ends == [end_of_text, im_end, end_of_text]
+
+
+def test_white_space_before_the_token_that_ends_a_turn(script, tmp_path):
+    folder = make_folder(tmp_path, "chatml", eos="<|end_of_text|>")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n <|im_end|>\n{% endfor %}")
+    tokenizer = script.Tokenizer(folder, {})
+    tokenizer.load_template()
+    assert tokenizer.decode(tokenizer.stop_ids, False) == "<|end_of_text|><|im_end|>"
 
 
 def test_template_is_compiled_only_for_messages(script, tmp_path):
@@ -309,6 +319,32 @@ def test_bad_pairs_are_named(row, words, chatml):
         dpo.read_pair(row, chatml, 500)
 
 
+def test_words_after_a_stop_token_are_trained_on(chatml):
+    """A stop token within the words of an answer does not end it."""
+    for text, end in (("write <|im_end|> here", "<|im_end|>"), ("blue<|im_end|>\n", ""),
+                      ("a<|im_end|>\nb<|im_end|>", ""), ("blue", "<|im_end|>")):
+        ids = dpo.encode_answer(text, chatml)
+        assert chatml.decode(ids, False) == text.rstrip() + end
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"prompt": "", "chosen": "blue", "rejected": "red"}, "prompt is empty"),
+    ({"chosen": "blue", "rejected": "red"}, "prompt is empty"),
+    ({"question": "Q", "chosen": "It is blue", "rejected": "It is red"}, "rename the column")])
+def test_a_pair_without_a_prompt_is_bad(row, words, tmp_path):
+    """Also if the tokenizer puts a token before each text."""
+    tokenizer = dpo.Tokenizer(make_folder(tmp_path, "llama3"), {})
+    with pytest.raises(ValueError, match=words):
+        dpo.read_pair(row, tokenizer, 100)
+
+
+def test_an_empty_prompt_is_bad(tmp_path):
+    tokenizer = grpo.Tokenizer(make_folder(tmp_path, "llama3"), {})
+    args = arguments(data=str(write(tmp_path / "rows.jsonl", [{"prompt": "", "answer": "1"}])))
+    with pytest.raises(SystemExit, match="row 1: the prompt is empty"):
+        grpo.load_examples(args, tokenizer, positions(500), grpo.default_reward)
+
+
 def test_template_that_changes_the_prompt_is_refused(tmp_path):
     folder = make_folder(tmp_path, "chatml")
     (folder / "chat_template.jinja").write_text(
@@ -348,7 +384,7 @@ def test_json_lines_and_arrays(script, name, tmp_path, capsys):
     for as_array in (False, True):
         path = write(tmp_path / name, rows, as_array)
         assert script.read_rows(path, lambda row: row, False) == rows
-        assert "5 rows, of which 0 are too long and 0 bad" in capsys.readouterr().out
+        assert f"{name}: 5 rows used, 0 too long, 0 bad" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"\x50\x41\x52\x31\xff\xfe", b"[1, 2", b"\xff" * 20])
@@ -360,6 +396,19 @@ def test_other_files_are_refused_in_one_line(script, content, tmp_path):
         assert "\n" not in stop.value.code and name in stop.value.code
 
 
+def test_a_text_that_is_not_valid_unicode_is_a_bad_row(script, chatml, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"text": "good"}, {"text": "half a pair: \ud83d"}])
+    rows = script.read_rows(path, lambda row: chatml.encode(row["text"]), True)
+    assert rows == [chatml.encode("good")]
+    with pytest.raises(SystemExit, match="row 2: "):
+        script.read_rows(path, lambda row: chatml.encode(row["text"]), False)
+
+
+def test_a_missing_file_is_named_in_one_line(script, tmp_path):
+    with pytest.raises(SystemExit, match=r"--data .*rows\.jsonl: .* No such file"):
+        script.read_rows(tmp_path / "rows.jsonl", lambda row: row, True)
+
+
 def test_bad_rows_are_named_or_counted_by_reason(script, tmp_path, capsys):
     def parse(row):
         if row["n"] % 2:
@@ -369,17 +418,17 @@ def test_bad_rows_are_named_or_counted_by_reason(script, tmp_path, capsys):
     lines = [json.dumps({"n": n}) for n in range(10)] + ["", "prompt,answer", "3"]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(lines))
-    with pytest.raises(SystemExit, match=r"rows\.jsonl, line 2: odd"):
+    with pytest.raises(SystemExit, match=r"rows\.jsonl, row 2: odd"):
         script.read_rows(path, parse, False)
     assert script.read_rows(path, parse, True) == [{"n": n} for n in (0, 2, 4)]
     out = capsys.readouterr().out
-    assert "12 rows, of which 2 are too long and 7 bad" in out and "5 skipped: odd" in out
+    assert "3 rows used, 2 too long, 7 bad" in out and "5 skipped: odd" in out
     assert "2 skipped: not a JSON object" in out
     path.write_text("prompt,answer\n")
-    with pytest.raises(SystemExit, match="line 1: not a JSON object; expected JSON lines or"):
+    with pytest.raises(SystemExit, match="row 1: not a JSON object; expected JSON lines or"):
         script.read_rows(path, parse, False)
     path.write_text("[{\"n\": 0}, {\"n\": 1}]")
-    with pytest.raises(SystemExit, match="item 2: odd"):
+    with pytest.raises(SystemExit, match="row 2: odd"):
         script.read_rows(path, parse, False)
     path.write_text("")
     with pytest.raises(SystemExit, match="no rows that can be used"):
@@ -412,7 +461,7 @@ def test_prompts_reach_the_reward_with_all_columns(chatml, tmp_path, capsys):
 def test_only_the_default_reward_needs_answers(chatml, tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"prompt": f"Write {n}"} for n in range(5)])
     args = arguments(data=str(path), eval_prompts=1)
-    with pytest.raises(SystemExit, match="line 1: `answer` must be"):
+    with pytest.raises(SystemExit, match="row 1: `answer` must be"):
         grpo.load_examples(args, chatml, positions(500), grpo.default_reward)
     assert len(grpo.load_examples(args, chatml, positions(500), len)[1]) == 1
 
@@ -433,7 +482,8 @@ def test_prompts_that_leave_no_room_are_dropped(chatml, tmp_path, capsys):
     for context, max_length, dropped in ((500, 120, 2), (100, 120, 3), (61, 500, 4)):
         args = arguments(data=str(path), max_completion_length=20, max_length=max_length)
         grpo.load_examples(args, chatml, positions(context), grpo.default_reward)
-        assert f"6 rows, of which {dropped} are too long and 0 bad" in capsys.readouterr().out
+        expected = f"{6 - dropped} rows used, {dropped} too long, 0 bad"
+        assert expected in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no room for a prompt"):
         grpo.load_examples(args, chatml, positions(20), grpo.default_reward)
 
@@ -462,6 +512,18 @@ REWARDS = [
     (r"\boxed{\frac{1}{2}}", "2", 0), (r"\boxed{10^2}", "2", 0), (r"\boxed{1,2,3}", "3", 0),
     (r"\boxed{18} then \boxed{unclosed", "18", 1), (r"{\boxed{5}}", "5", 1), ("}5", "5", 1),
     (r"\boxed{}", "5", 0), ("####", "5", 0),
+    # a formula is not the number in it
+    (r"\boxed{\sqrt{2}}", "2", 0), (r"\boxed{2x}", "2", 0), (r"\boxed{x^2}", "2", 0),
+    (r"\boxed{2\pi}", "2", 0), (r"\boxed{H_2O}", "2", 0), (r"\boxed{\pm 5}", "5", 0),
+    (r"\boxed{x - 5}", "5", 0), (r"\boxed{5 - x}", "5", 0), (r"\boxed{5i}", "5", 0),
+    (r"\boxed{\frac{5}{x}}", "5", 0), (r"\boxed{x \neq 5}", "5", 0), (r"\boxed{x > 5}", "5", 0),
+    (r"\boxed{\sqrt{2}}", r"\sqrt{2}", 1), (r"\boxed{x = -5}", "-5", 1), ("#### 5 a day", "5", 1),
+    ("#### 18cm", "18", 1), ("#### 5 m", "5", 1), ("#### The answer is 18.", "18", 1),
+    # as mathematicians and others write
+    (r"\boxed{90^\circ}", "90", 1), (r"90^{\circ}", r"90^\circ", 1), (r"\boxed{\text{A}}", "A", 1),
+    (r"\boxed{25\text{ cm}}", "25", 1), (r"\boxed{\frac{-3}{4}}", "-0.75", 1),
+    (r"\boxed{10,\!000}", "10000", 1), ("\u20135", "-5", 1), ("3\u20135", "5", 1),
+    ("_-5_", "-5", 1), ("\u662f-5\u3002", "-5", 1), ("\u662f-5\u3002", "5", 0),
     # texts
     ("Paris", "Paris", 1), (" Paris\n", "Paris", 1), ("Paris!", "Paris", 0), ("paris", "Paris", 0),
     ("#### Paris", "Paris", 1), ("1,2,3", "1,2,3", 1),

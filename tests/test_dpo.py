@@ -699,9 +699,9 @@ def test_a_bad_row_is_named_or_skipped(row, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         load(tmp_path, *rows)
     message = str(stop.value)
-    assert "\n" not in message and all(w in message for w in ["pairs.jsonl, line 2", *words])
+    assert "\n" not in message and all(w in message for w in ["pairs.jsonl, row 2", *words])
     pairs, heldout = load(tmp_path, *rows, skip_bad_rows=True)
-    assert "22 rows, of which 0 are too long and 2 bad" in capsys.readouterr().out
+    assert "20 rows used, 0 too long, 2 bad" in capsys.readouterr().out
     assert len(pairs) == 18 and len(heldout) == 2
 
 
@@ -800,7 +800,6 @@ def test_help_shows_the_defaults_of_the_model(capsys):
     [
         (["--model", "/x"], ["--model", "--data"]),
         (["--data", "/nowhere.jsonl"], ["--model", "--data"]),
-        (["--model", "/x", "--data", "/nowhere.jsonl"], ["--data /nowhere.jsonl"]),
         (["--model", "/nowhere/at/all", "--data", __file__], ["--model /nowhere/at/all"]),
         (["--eval-pairs", 0], ["--eval-pairs", "at least 1"]),
         (["--max-steps", 0], ["--max-steps", "at least 1"]),
@@ -1119,6 +1118,13 @@ def test_a_folder_that_holds_a_run_is_refused(llama, tmp_path, capsys):
     assert "holds a run already" in message and "\n" not in message
     assert before == ((tmp_path / "checkpoint.pt").read_bytes(),
                       (tmp_path / "metrics.csv").read_text())
+
+
+def test_resume_with_the_checkpoint_alone(llama, tmp_path, capsys):
+    assert call(capsys, *llama, "--max-steps", 3, "--run-dir", tmp_path)[0] == 0
+    (tmp_path / "metrics.csv").unlink()
+    assert call(capsys, "--resume", tmp_path)[0] == 0
+    assert (tmp_path / "metrics.csv").read_text() == ""
 
 
 def test_after_a_full_disk_the_run_can_be_exported_again(llama, tmp_path, capsys, monkeypatch):

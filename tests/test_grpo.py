@@ -1044,14 +1044,14 @@ GOOD = {"prompt": "1+1=", "answer": "2"}
     "rows, words",
     [
         (["", "  "], ["no rows"]),
-        ([GOOD, "{"], ["line 2"]),
-        ([GOOD, "", [1]], ["line 3", "not a JSON object"]),
-        ([{"prompt": "1"}], ["line 1", "answer"]),
-        ([GOOD | {"answer": None}], ["line 1", "answer"]),
-        ([GOOD | {"answer": ""}], ["line 1", "answer"]),
+        ([GOOD, "{"], ["row 2"]),
+        ([GOOD, "", [1]], ["row 3", "not a JSON object"]),
+        ([{"prompt": "1"}], ["row 1", "answer"]),
+        ([GOOD | {"answer": None}], ["row 1", "answer"]),
+        ([GOOD | {"answer": ""}], ["row 1", "answer"]),
         ([{"prompt": "1" * 59, "answer": "1"}], ["no rows that can be used"]),
-        ([{"prompt": "", "answer": "1"}], ["line 1", "the prompt is empty"]),
-        ([GOOD, {"prompt": "é", "answer": "1"}], ["line 2"]),
+        ([{"prompt": "", "answer": "1"}], ["row 1", "the prompt is empty"]),
+        ([GOOD, {"prompt": "é", "answer": "1"}], ["row 2"]),
         ([GOOD, GOOD], ["two different"]),
     ],
 )
@@ -1090,7 +1090,7 @@ def call(capsys, *args, reward=judge):
         (["--preset", "ppo"], ["--preset ppo", "dapo"]),
         (["--model", "/nowhere/at/all"], ["--model", "--data"]),
         (["--model", "/nowhere/at/all", "--data", __file__], ["--model /nowhere/at/all"]),
-        (["--model", "/nowhere/at/all", "--data", "x"], ["--data x", "no such file"]),
+        (["--model", "/nowhere/at/all", "--data", "x"], ["--model /nowhere/at/all"]),
         (["--num-generations", 1], ["--num-generations"]),
         (["--temperature", 0], ["--temperature"]),
         (["--num-iterations", 0], ["--num-iterations"]),
@@ -1181,6 +1181,55 @@ def test_rows_newer_than_the_checkpoint_are_dropped(tmp_path, capsys):
     call(capsys, "--resume", tmp_path, "--max-steps", 3)
     assert [row["step"] for row in metrics(tmp_path)] == ["1", "2", "3"]
     assert None not in metrics(tmp_path)[2].values()
+
+
+def test_transcripts_newer_than_the_checkpoint_are_dropped(tmp_path, capsys):
+    call(capsys, *SHORT, "--max-steps", 2, "--run-dir", tmp_path)
+    with (tmp_path / "transcripts.jsonl").open("a") as file:
+        file.write('{"step": 4}\n')
+    call(capsys, "--resume", tmp_path, "--max-steps", 4)
+    rows = [json.loads(line) for line in (tmp_path / "transcripts.jsonl").open()]
+    assert [row["step"] for row in rows] == [2, 2, 2, 4, 4, 4]
+
+
+def test_resume_with_the_checkpoint_alone(tmp_path, capsys):
+    call(capsys, *SHORT, "--max-steps", 2, "--run-dir", tmp_path)
+    (tmp_path / "metrics.csv").unlink()
+    assert call(capsys, "--resume", tmp_path, "--max-steps", 3)[0] == 0
+    assert [row["step"] for row in metrics(tmp_path)] == ["3"]
+
+
+def test_an_error_in_an_evaluation_leaves_no_row_twice(tmp_path, capsys):
+    """The batch was learned from, so it is saved, but it has no row."""
+    calls = count()
+
+    def reward(text, example):
+        if next(calls) == 16 + 2 * 64 + 5:  # in the evaluation after the second batch
+            raise ZeroDivisionError("the user's own")
+        return judge(text, example)
+
+    with pytest.raises(ZeroDivisionError):
+        call(capsys, *SHORT, "--max-steps", 5, "--run-dir", tmp_path, reward=reward)
+    assert saved(tmp_path)["progress"]["step"] == 2
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("3,1,2,3\n")
+    call(capsys, "--resume", tmp_path, "--max-steps", 4)
+    assert [row["step"] for row in metrics(tmp_path)] == ["1", "3", "4"]
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_an_error_between_two_updates_does_not_save_half_a_batch(updates, tmp_path, capsys):
+    calls = count()
+
+    def reward(text, example):
+        if next(calls) == 16 + 64 + 5:  # in the second batch
+            raise ZeroDivisionError("the user's own")
+        return judge(text, example)
+
+    with pytest.raises(ZeroDivisionError):
+        call(capsys, *SHORT, "--max-steps", 5, "--run-dir", tmp_path, "--num-iterations", updates,
+             reward=reward)
+    assert (tmp_path / "checkpoint.pt").exists() == (updates == 1)
 
 
 def test_run_killed_before_its_first_checkpoint_can_begin_again(tmp_path, capsys):
@@ -1356,6 +1405,26 @@ def test_speed_is_logged_in_tokens_per_second(tmp_path, capsys):
         tokens = 64 * float(row["length"])
         times = [tokens / float(row[f"{part}_tokens_per_second"]) for part in ("sample", "update")]
         assert 0 < sum(times) < float(row["seconds"])
+
+
+def test_ctrl_c_works_after_a_run_that_wandb_refuses(tmp_path, capsys, monkeypatch):
+    def refuse(**_):
+        raise RuntimeError("not logged in")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError, match="not logged in"):
+        call(capsys, *SHORT, "--max-steps", 1, "--track", "--run-dir", tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert call(capsys, *SHORT, "--max-steps", 1, "--run-dir", tmp_path)[0] == 0
+
+
+def test_the_stop_token_does_not_belong_to_the_text():
+    """Also if the tokenizer does not know that it is special."""
+    tokenizer = SimpleNamespace(decode=lambda tokens: "".join("ab|"[token] for token in tokens))
+    for tokens, finished, text in (([0, 1, 2], True, "ab"), ([0, 1, 0], False, "aba")):
+        completion = grpo.Completion([0], tokens, [0.0] * 3, finished)
+        assert grpo.completion_text(completion, tokenizer) == text
 
 
 def test_tracking(tmp_path, capsys, monkeypatch):

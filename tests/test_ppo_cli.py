@@ -231,6 +231,15 @@ def test_a_run_that_wandb_refuses_leaves_its_folder_free(tmp_path, monkeypatch):
     call("--run-dir", tmp_path, "--total-timesteps", 2_048)
 
 
+def test_a_run_that_fails_at_once_leaves_its_folder_free(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "collect", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call("--run-dir", tmp_path, "--total-timesteps", 2_048)
+    call("--run-dir", tmp_path, "--total-timesteps", 2_048)
+    assert len(rows(tmp_path)) == 1
+
+
 def test_a_folder_of_another_script_is_refused(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,seconds,score\n1,1,1\n")
     with pytest.raises(SystemExit, match="holds a run already"):

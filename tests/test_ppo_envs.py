@@ -1,5 +1,6 @@
 """ppo.py and environments: spaces, autoreset, normalization, Atari, evaluation."""
 
+import functools
 import itertools
 import warnings
 
@@ -447,9 +448,10 @@ def game(monkeypatch):
 def test_native_atari_equals_the_wrappers_frame_by_frame(game, monkeypatch):
     envs = make(game, 1)
     assert envs.obs_shape == (4, 84, 84)
-    one = gym.make("ALE/Breakout-v5", frameskip=1, repeat_action_probability=0.0)
-    one = gym.wrappers.AtariPreprocessing(one, noop_max=0)
-    one = gym.wrappers.FrameStackObservation(one, 4, padding_type="zero")
+    preprocess = functools.partial(gym.wrappers.AtariPreprocessing, noop_max=0)
+    monkeypatch.setattr(gym.wrappers, "AtariPreprocessing", preprocess)  # no random start
+    one = ppo.wrap_env(gym.make(
+        "ALE/Breakout-v5", frameskip=1, repeat_action_probability=0.0), None)
     obs, (expected, info) = envs.reset(1), one.reset(seed=1)
     lives, rewards, games, over = info["lives"], [], 0, False
     rng = np.random.default_rng(0)
