@@ -390,7 +390,7 @@ def main():
         restricted = args.seeds or args.only
         if restricted and args.out_dir.resolve() == HERE:
             fail("--out-dir: a trial needs a folder of its own, the files here are of full runs")
-        benchmark(args.out_dir, contestants, args.seeds or range(11, 21), args.skip_equal)
+        benchmark(args.out_dir.resolve(), contestants, args.seeds or range(11, 21), args.skip_equal)
     report(args.out_dir)
 
 
