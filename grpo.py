@@ -965,7 +965,7 @@ def encode_prompt(prompt, tokenizer):
     text, mark, rest = tokenizer.render([*prompt[:-1], last], False).rpartition("<end of message>")
     if not mark:
         raise ValueError("the last message cannot be continued: the chat template changes it")
-    # Without the space after the mark, the template removes white space at the end of messages.
+    # If the space after the mark is gone, the template strips messages.
     return tokenizer.encode(text if rest.startswith(" ") else text.rstrip())
 
 
@@ -978,7 +978,7 @@ def load_examples(args, tokenizer, config, reward):
     room = min(args.max_length, context_length) - args.max_completion_length
     if room < 1:
         raise SystemExit(f"--max-completion-length {args.max_completion_length}: no room for a "
-                         f"prompt: --max-length is {args.max_length}, the model's {context_length}")
+                         f"prompt in --max-length {args.max_length} or the model's {context_length}")
     if not args.data:
         rng = random.Random("held out")
         return addition, [addition(rng, held_out=True) for _ in range(args.eval_prompts)]
@@ -1095,7 +1095,7 @@ def exact_match(completion, example):
 NUMBER = re.compile(r"(?:(?<![A-Za-z0-9)])-)?"  # a minus, but not that of 10-5
                     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:[.][0-9]+)?"  # 1,000.50
                     r"|[0-9]*[.][0-9]+|[0-9]+)(?:/[0-9]+)?")  # .5, 18, 5/2
-# \\sqrt{2}, x^2, H_2O, x > 5; x5, x - 5; 5x, 5 - x
+# Signs of a formula: those in \sqrt{2}, x^2, H_2O, x > 5; x5, x - 5; 5x, 5 - x.
 FORMULA = re.compile(r"[\\^_{}<>]|\b[A-Za-z] ?[-+*/]? ?[0-9]|[0-9](?: ?[-+*/] ?)?[A-Za-z]\b")
 
 
