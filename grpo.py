@@ -974,11 +974,11 @@ def load_examples(args, tokenizer, config, reward):
 
     An example is a row of --data. No prompt is in both parts.
     """
-    context_length = config["max_position_embeddings"]
-    room = min(args.max_length, context_length) - args.max_completion_length
+    context = config["max_position_embeddings"]
+    room = min(args.max_length, context) - args.max_completion_length
     if room < 1:
         raise SystemExit(f"--max-completion-length {args.max_completion_length}: no room for a "
-                         f"prompt in --max-length {args.max_length} or the model's {context_length}")
+                         f"prompt in --max-length {args.max_length} or the model's {context}")
     if not args.data:
         rng = random.Random("held out")
         return addition, [addition(rng, held_out=True) for _ in range(args.eval_prompts)]
