@@ -234,6 +234,8 @@ def main():
             jobs = [(choice, seed) for choice in CHOICES for seed in SEEDS
                     if ("sums" if choice[0] == "grpo" else "control") in parts
                     and choice[0] in args.scripts]
+            if not jobs and "lines" not in parts:
+                parser.error("--only and --scripts leave nothing to run")
             if jobs:
                 pages = {choice[0] for choice, _ in jobs}
                 kept = [row for row in read("ablations.csv") if row["page"] not in pages]

@@ -225,9 +225,14 @@ def provenance():
 
 
 def record(name, parts, source):
-    """Note in a .json here that these parts, now measured, come from source, a provenance()."""
+    """Note in a .json here that these parts, now measured, come from source, a provenance().
+
+    What was said about a part of these parts, such as "pendulum, ppo" of "pendulum", is dropped.
+    """
     path = HERE / name  # name may be a whole path, too
     old = json.loads(path.read_text()) if path.exists() else {}
+    within = tuple(f"{part}, " for part in parts)
+    old = {part: text for part, text in old.items() if not part.startswith(within)}
     path.write_text(json.dumps(old | dict.fromkeys(parts, source), indent=2) + "\n")
 
 

@@ -166,6 +166,9 @@ def main():
         scripts = args.scripts or LADDER
         jobs = [(run, 11 + i) for run in RUNS if run[0] in pictures and run[2] in scripts
                 for i in range(run[4])]
+        if not jobs:
+            parser.error("no picture of --only shows a script of --scripts")
+        pictures = [name for name in pictures if any(name == run[0] for run, _ in jobs)]
         kept = [row for row in read()
                 if row["picture"] not in pictures or row["contestant"] not in scripts]
         with ThreadPoolExecutor(2) as pool:

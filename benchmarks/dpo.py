@@ -245,6 +245,10 @@ def main():
     args = parser.parse_args()
     if not args.report:
         parts, source = args.only or ["default", "speed", "frontier"], cartpole.provenance()
+        if "speed" in parts:
+            if not args.model or not Path(args.model).is_dir():
+                parser.error("--model: speed needs the folder of a model")
+            args.model = str(Path(args.model).resolve())
         if "default" in parts:
             cartpole.write_rows(HERE / "dpo.csv", RESULTS, default_rows())
         if "speed" in parts:

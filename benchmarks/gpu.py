@@ -517,6 +517,8 @@ def main():
     parser.add_argument("--part", type=int, choices=PARTS, help="run this part in this process")
     parser.add_argument("--work", type=Path, help="folder for large files")
     args = parser.parse_args()
+    if not torch.get_device_module(args.device).is_available():
+        parser.error(f"--device {args.device}: not available here")
     args.out.mkdir(parents=True, exist_ok=True)
     run = Run(args.part, args.out.resolve(), args.device, args.quick, args.work)
     if args.part is not None:

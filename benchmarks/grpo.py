@@ -151,7 +151,7 @@ def default_rows():
 
 
 def curve(model, minutes):
-    """One run on sums with the pretrained model, ended after the minutes and evaluated."""
+    """One run on sums with the pretrained model, ended after the minutes."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "sums.jsonl")
         with data.open("w") as file:
@@ -235,6 +235,10 @@ def main():
     args = parser.parse_args()
     if not args.report:
         parts, source = args.only or ["default", "speed", "curve"], cartpole.provenance()
+        if {"speed", "curve"} & set(parts):
+            if not args.model or not Path(args.model).is_dir():
+                parser.error("--model: speed and the curve need the folder of a model")
+            args.model = str(Path(args.model).resolve())
         if "default" in parts:
             cartpole.write_rows(HERE / "grpo.csv", RESULTS, default_rows())
         if "speed" in parts:

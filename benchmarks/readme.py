@@ -5,12 +5,12 @@
     python benchmarks/readme.py --check    exit code 1 if a file is out of date
 """
 
+import argparse
 import ast
 import csv
 import io
 import re
 import statistics
-import sys
 import tokenize
 from pathlib import Path
 
@@ -298,13 +298,16 @@ def with_results(name, source):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
+    args = parser.parse_args()
     texts = {ROOT / name: render((ROOT / name).read_text(), parts)
              for name, parts in tables().items()}
     for name in SCRIPTS:
         path = ROOT / f"{name}.py"
         texts[path] = with_results(name, path.read_text())
     for path, text in texts.items():
-        if "--check" in sys.argv and path.read_text() != text:
+        if args.check and path.read_text() != text:
             raise SystemExit(f"{path.name} is out of date: run python benchmarks/readme.py")
         path.write_text(text)
 

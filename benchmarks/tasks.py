@@ -81,6 +81,8 @@ def main():
         source = cartpole.provenance()
         chosen = [task for task in TASKS
                   if args.only in (None, task[1]) and args.task in (None, task[0])]
+        if not chosen:
+            parser.error(f"--task {args.task}: there is none with these options")
         jobs = [(task, seed) for task in chosen for seed in range(11, 21)]
         with ThreadPoolExecutor(2) as pool:
             rows = list(pool.map(run, jobs))

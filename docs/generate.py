@@ -14,6 +14,7 @@ A generated part begins with one of these and ends with <!-- end -->:
     <!-- results ppo -->                         its tables and pictures
 """
 
+import argparse
 import ast
 import csv
 import difflib
@@ -362,10 +363,13 @@ def render(text):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
+    args = parser.parse_args()
     pages = {path: render(path.read_text()) for path in sorted((ROOT / "docs").glob("*.md"))}
     pages[ROOT / "docs" / "lines.md"] = lines()
     for path, text in pages.items():
-        if "--check" in sys.argv and (not path.exists() or path.read_text() != text):
+        if args.check and (not path.exists() or path.read_text() != text):
             raise SystemExit(f"{path.name} is out of date: run python docs/generate.py")
         path.write_text(text)
 

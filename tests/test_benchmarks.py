@@ -59,6 +59,42 @@ def test_sources_show_notes_and_group_equal_origins(tmp_path, monkeypatch):
     assert cartpole.note("x.json", "a") == ""
 
 
+def test_a_new_measurement_drops_what_was_said_about_its_parts(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import cartpole
+
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(dict.fromkeys(["a", "a, ppo", "b", "ab, ppo"], "old")))
+    cartpole.record(path, ["a, dpo"], "new")
+    assert len(json.loads(path.read_text())) == 5
+    cartpole.record(path, ["a"], "new")
+    assert json.loads(path.read_text()) == {"a": "new", "b": "old", "ab, ppo": "old"}
+
+
+@pytest.mark.parametrize("command, words", [
+    ("benchmarks/grpo.py --only speed", "--model"),
+    ("benchmarks/grpo.py --only curve --model /nowhere", "--model"),
+    ("benchmarks/dpo.py", "--model"),
+    ("benchmarks/tasks.py --task Nope", "--task Nope"),
+    ("benchmarks/curves.py --only pendulum --scripts reinforce", "--scripts"),
+    ("benchmarks/ablations.py --only sums --scripts ppo", "nothing to run"),
+    ("benchmarks/readme.py --chek", "usage"),
+    ("docs/generate.py --nope", "usage"),
+    ("tests/mutants/run.py nope --csv benchmarks/mutants.csv", "no such script: nope"),
+    ("tests/mutants/run.py --csv nofolder/x.csv", "no such folder"),
+    ("benchmarks/all.sh", "usage"),
+])
+def test_mistakes_change_no_file(command, words):
+    name, *flags = command.split()
+    paths = [path for kind in ("csv", "json") for path in (ROOT / "benchmarks").glob(f"*.{kind}")]
+    before = {path: path.read_bytes() for path in paths}
+    program = ["bash"] if name.endswith(".sh") else [sys.executable]
+    done = subprocess.run([*program, name, *flags], cwd=ROOT, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
+    assert before == {path: path.read_bytes() for path in paths}
+
+
 def test_interquartile_mean(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from plot import iqm

@@ -53,6 +53,13 @@ def test_only_a_failed_test_counts_as_caught(tmp_path):
     assert run.pytest(tmp_path, ["test_exits.py"])[0] not in (0, 1)
 
 
+def test_results_of_other_scripts_are_kept(tmp_path):
+    path = tmp_path / "mutants.csv"
+    assert run.other_rows(path, {"ppo"}) == []
+    path.write_text("script,line,bug\nppo,1,a\ndpo,2,b\n")
+    assert run.other_rows(path, {"ppo"}) == [{"script": "dpo", "line": "2", "bug": "b"}]
+
+
 def test_pages_come_from_scripts_and_csvs():
     command = [sys.executable, ROOT / "docs" / "generate.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

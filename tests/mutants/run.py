@@ -3,7 +3,8 @@
     python tests/mutants/run.py                  all mutants, two at a time
     python tests/mutants/run.py ppo grpo         those of these scripts
     python tests/mutants/run.py --changed main   those of scripts that differ from this revision
-    python tests/mutants/run.py --csv benchmarks/mutants.csv        write the results to a CSV
+    python tests/mutants/run.py --csv benchmarks/mutants.csv        write the results to a CSV,
+                                                 which keeps its rows of other scripts
     python tests/mutants/run.py --passed         do not first run the tests without a bug
 
 Each script has a .toml file with its mutants. A mutant has the bug in words, its source, a piece of
@@ -43,6 +44,14 @@ SERVER.set_forkserver_preload([
     "torch.distributed.checkpoint.state_dict", "transformers"])
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in conftest.py: read when torch is loaded
 COLUMNS = ["script", "line", "bug", "caught_by", "seconds"]
+
+
+def other_rows(path, scripts):
+    """Return the rows of a CSV file of results that are not those of these scripts."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["script"] not in scripts]
 
 
 def load(scripts=()):
@@ -141,6 +150,11 @@ def main():
     parser.add_argument("--passed", action="store_true", help="skip the run without a bug")
     args = parser.parse_args()
     start, mutants = time.perf_counter(), load(args.scripts)
+    unknown = set(args.scripts) - {mutant["script"] for mutant in mutants}
+    if unknown:
+        parser.error(f"no such script: {', '.join(sorted(unknown))}; write ppo for ppo.py")
+    if args.csv and not args.csv.parent.is_dir():
+        parser.error(f"--csv {args.csv}: no such folder")
     if args.changed:
         scripts = changed_scripts(mutants, args.changed)
         mutants = [mutant for mutant in mutants if mutant["script"] in scripts]
@@ -152,14 +166,16 @@ def main():
             sys.exit(f"before anything is broken: {name}")
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(run, mutants))
+    caught = sum(bool(row["caught_by"]) for row in rows)
     if args.csv:
+        rows += other_rows(args.csv, {mutant["script"] for mutant in mutants})
+        rows.sort(key=lambda row: row["script"])
         with args.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-    caught = sum(bool(row["caught_by"]) for row in rows)
-    print(f"{len(rows)} inserted bugs, {caught} caught, in {time.perf_counter() - start:.0f} s")
-    sys.exit(caught < len(rows))
+    print(f"{len(mutants)} inserted bugs, {caught} caught, in {time.perf_counter() - start:.0f} s")
+    sys.exit(caught < len(mutants))
 
 
 if __name__ == "__main__":
