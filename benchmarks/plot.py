@@ -3,9 +3,9 @@
     python benchmarks/plot.py runs/ppo-CartPole-v1-* runs/reinforce-CartPole-v1-* --out curves.png
 
 Runs are one group (several seeds) if the names of their folders are equal without seed, time and
-the number behind it, and if their args.json are equal except for the flags in IRRELEVANT. If the name of
-a folder is only a seed, as in `ppo/seed-11`, the folder above it gives the name. Where groups have
-the same name, the legend shows the flags in which they differ.
+the number behind it, and if their args.json are equal except for the flags in IRRELEVANT. If the
+name of a folder is only a seed, as in `ppo/seed-11`, the folder above it gives the name. Where
+groups have the same name, the legend shows the flags in which they differ.
 
 A group of several seeds has a thin line for each seed, a thick line for the interquartile mean and
 a band from the 25th to the 75th percentile. Mean and band end with the shortest run: with fewer
