@@ -628,8 +628,8 @@ def image_layout(space):
         pixels = space.dtype == np.uint8 and space.low.min() == 0 and space.high.max() == 255
         if pixels and min(height, width) >= 36:
             return (space.low.size // (height * width), height, width), last
-        warnings.warn(f"observations {space} are flattened to vectors: not uint8 images of 36 by "
-                      "36 pixels or more", stacklevel=2)
+    if len(space.shape) > 1 or space.low.size >= 36 * 36:  # also an image beside other parts
+        warnings.warn(f"{space} is used as a vector: no uint8 image of 36 by 36", stacklevel=2)
     return (space.low.size,), False
 
 

@@ -131,7 +131,8 @@ def test_observations_are_vectors_or_images(name):
 @pytest.mark.parametrize(
     "name, words",
     [("text", "said"), ("nested", "said"), ("mixed", "pair"), ("picture", "said"), ("tiny", "36"),
-     ("board", "36"), ("floats", "36"), ("box", None), ("last", None)],
+     ("board", "36"), ("floats", "36"), ("both", "36"), ("dict", None), ("box", None),
+     ("last", None)],
 )
 def test_a_warning_says_what_is_left_out_or_flattened(name, words):
     with warnings.catch_warnings(record=True) as caught:
