@@ -978,7 +978,7 @@ def load_examples(args, tokenizer, config, reward):
     room = min(args.max_length, context) - args.max_completion_length
     if room < 1:
         raise SystemExit(f"--max-completion-length {args.max_completion_length}: no room for a "
-                         f"prompt in --max-length {args.max_length} or the model's {context}")
+                         f"prompt in --max-length {args.max_length} or a context of {context}")
     if not args.data:
         rng = random.Random("held out")
         return addition, [addition(rng, held_out=True) for _ in range(args.eval_prompts)]
