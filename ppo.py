@@ -106,7 +106,7 @@ class Args:
     max_grad_norm: float = 0.5  # clip the gradient norm to this
     target_kl: float | None = None  # stop an update at 1.5 times this KL divergence [C6]
     log_std: float = -1.0  # initial log standard deviation of Box actions
-    norm_obs: bool = True  # normalize vectors [C8]; images are always divided by 255
+    norm_obs: bool = True  # normalize vectors [C8]; bytes are always divided by 255
     norm_reward: bool = True  # normalize rewards [C8]
     clip_reward: bool = False  # learn from the sign of the rewards (Atari)
     async_envs: bool = False  # run each environment in its own process
@@ -512,6 +512,8 @@ class Envs(gym.vector.VectorWrapper):
         if self.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
             raise SystemExit(f"--env-id {args.env_id}: needs autoreset mode NEXT_STEP")
         self.obs_shape, self.channels_last = image_layout(obs_space)
+        # Bytes in vectors are divided by 255, as the pixels of images are.
+        self.scale = np.float32(np.where((obs_space.low == 0) & (obs_space.high == 255), 255, 1))
         if float_box:  # bounds that are infinite, or beyond 1e6, become -1 and 1: no scaling
             bounded = np.maximum(-action_space.low, action_space.high).astype(np.float64) <= 1e6
             self.low = np.where(bounded, action_space.low, -1)
@@ -537,9 +539,10 @@ class Envs(gym.vector.VectorWrapper):
 
     def to_tensor(self, obs):
         """Copy observations: images stay uint8, all else becomes float32 vectors."""
+        if len(self.obs_shape) == 1:
+            obs = (obs / self.scale).astype(np.float32)
         obs = np.moveaxis(obs, -1, -3) if self.channels_last else obs
-        dtype = torch.uint8 if len(self.obs_shape) == 3 else torch.float32
-        return torch.tensor(obs, dtype=dtype, device=self.device).reshape(-1, *self.obs_shape)
+        return torch.tensor(obs, device=self.device).reshape(-1, *self.obs_shape)
 
     def to_env_action(self, action):
         """Convert sampled actions to what the environments expect.
@@ -562,15 +565,14 @@ def make_envs(args, num_envs, video_dir):
         if module or env_id.startswith("ALE/"):
             importlib.import_module(module or "ale_py")  # registers its environments
         spec = gym.spec(env_id)
-        native = spec.vector_entry_point and not args.async_envs and not video_dir
+        # Native and wrapped Atari games are alike: raw rewards, no FIRE, 4 frames per step.
+        if spec.vector_entry_point and not args.async_envs and not video_dir:
+            kwargs = {"reward_clipping": False, "use_fire_reset": False}
+            return gym.make_vec(spec, num_envs, **kwargs if spec.namespace == "ALE" else {})
         kwargs = {"render_mode": "rgb_array"} if video_dir else {}
-        if spec.namespace == "ALE":  # both kinds alike: raw rewards, no FIRE, 4 frames per step
-            native_kwargs = {"reward_clipping": False, "use_fire_reset": False}
-            kwargs |= native_kwargs if native else {"frameskip": 1}
-        if not native:
-            kwargs |= {"vectorization_mode": "async" if args.async_envs else "sync",
-                       "wrappers": [lambda env: wrap_env(env, video_dir)]}
-        return gym.make_vec(spec, num_envs, **kwargs)
+        kwargs |= {"frameskip": 1} if spec.namespace == "ALE" else {}
+        return gym.make_vec(spec, num_envs, "async" if args.async_envs else "sync",
+                            wrappers=[lambda env: wrap_env(env, video_dir)], **kwargs)
     except (gym.error.Error, ModuleNotFoundError) as error:
         if getattr(error, "name", module) not in (module, module.split(".")[0], "ale_py"):
             raise  # an import in the user's code

@@ -121,6 +121,10 @@ def test_observations_are_vectors_or_images(name):
             expected = raw["a"]
         elif name == "nested":
             expected = np.concatenate([raw["in"]["a"], np.eye(3)[raw["n"]]])
+        elif name == "tiny":  # bytes
+            expected = raw.flatten() / np.float32(255)
+        elif name == "both":
+            expected = np.concatenate([raw["a"], raw["image"].flatten() / np.float32(255)])
         else:
             expected = gym.spaces.flatten(space, raw)
         assert obs[n].shape == envs.obs_shape == expected.shape
