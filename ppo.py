@@ -9,8 +9,8 @@
 Play T steps in each of N environments. Estimate with a learned value function V how much better
 each action did than expected: its advantage Â. Then take several epochs of minibatch gradient steps
 on this batch. r_t is the ratio of the new to the old probability of an action. If Â > 0 and
-r_t > 1 + ε, or Â < 0 and r_t < 1 − ε, the minimum in (7) is constant: the action has no gradient.
-This keeps the policy near the one that played.
+r_t > 1 + ε, or Â < 0 and r_t < 1 − ε, the minimum in (7) is constant: this action no longer changes
+the policy. This keeps the policy near the one that played.
 Equation numbers refer to arXiv 1707.06347:
 
     r_t(θ) = π(a_t|s_t; θ) / π_old(a_t|s_t)                              (6)
@@ -26,33 +26,36 @@ Implementation choices:
      (12); the logged return goes on until the game ends.
 [C2] If step t ends an episode, it returns the episode's last observation. Step t + 1 only resets:
      gymnasium ignores its action and returns the first observation of the next episode. Such a
-     step is excluded from the batch.
-[C3] V_target = Â + V of the network that played. The value loss is not clipped.
+     step is excluded from the batch. The docstring of collect shows an example.
+[C3] V_target = Â + V of the network that played, with Â before [C4]. The value loss is not clipped.
 [C4] Advantages are normalized over the whole batch.
 [C5] The learning rate decays linearly to 0. Adam's epsilon is 1e-5. The gradient norm is clipped.
-[C6] With --target-kl the update stops before a step once the approximate KL divergence,
-     E[r − 1 − log r], exceeds 1.5 times this target (joschu.net/blog/kl-approx.html).
+[C6] With --target-kl the update stops once the approximate KL divergence of a minibatch,
+     E[r − 1 − log r], exceeds 1.5 times this target (joschu.net/blog/kl-approx.html). This
+     minibatch is no longer learned from.
 [C7] Vectors: separate networks for π and V. Images: one CNN for both. Orthogonal initialization
      with gain √2, 0.01 for the output of π, 1 for that of V.
-[C8] --norm-obs: observations minus their mean, divided by their standard deviation. The statistics
-     are those of all earlier batches and change after each update. An extra first batch only
-     starts them: it is not learned from, logged or counted.
+[C8] --norm-obs: observations minus their mean, divided by their standard deviation, clipped to
+     ± 10. The statistics are those of all earlier batches: they stay the same while a batch is
+     played and learned from. A first batch is played for the statistics only: it is not learned
+     from, logged or counted.
      --norm-reward: rewards divided by the standard deviation of the discounted sums
-     R_t = reward_t + γ R_{t−1} within an episode, this batch included.
-     Both results are clipped to ± 10.
-[C9] Box actions: the environment gets the sampled action scaled from [-1, 1] to its bounds, if both
-     are within ± 1e6, and clipped. log π is that of the sample.
+     R_t = reward_t + γ R_{t−1} within an episode, those of this batch included, and clipped to
+     ± 10. Their mean is not subtracted.
+[C9] Box actions: a component of the sampled action is scaled so that -1 and 1 become its bounds. If
+     a bound is beyond ± 1e6, it is not scaled. The environment gets the result clipped to the
+     bounds. log π and r_t are those of the sample, before scaling and clipping.
 [C10] Under torchrun each process plays in its share of the N environments. Gradients are averaged
-     over the processes. Means and variances [C4] [C8] are those of the rows of all processes.
+     over the processes. The means and variances in [C4], [C6] and [C8] are over the rows of all
+     processes.
 
 Shapes: T steps, N environments (of this process), M rows of a minibatch, O observation size, K
 components of an action, R any number of rows.
 
     python ppo.py --env-id CartPole-v1
 
-Results, ten seeds, with --env-id and --total-timesteps alone. The score is the mean return of the
-last 100 training episodes. Shown are its interquartile mean over the seeds, in brackets the lowest
-seed, and seconds on two cores:
+Results of ten seeds, with --env-id and --total-timesteps alone. The score is the mean return of the
+last 100 training episodes. Below: its interquartile mean (the lowest seed), seconds on two cores:
     CartPole-v1, 200,704 steps: 500 (500), 5 s
     Acrobot-v1, 200,704 steps: -83 (-87), 11 s
     MountainCar-v0, 1,001,472 steps: -107 (-110), 30 s
@@ -87,7 +90,7 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Args:
-    """The defaults are those for discrete actions; default_args returns those of an environment."""
+    """The defaults here are those for discrete actions; PRESETS has those of other environments."""
 
     env_id: str = "CartPole-v1"  # gymnasium environment; "module:Env-v0" imports the module first
     seed: int = 1
@@ -143,7 +146,7 @@ def gae(reward, value, next_value, terminal, truncated, gamma, gae_lambda):
     advantage = torch.zeros_like(reward)
     next_advantage = torch.zeros_like(reward[0])
     for t in reversed(range(len(reward))):
-        continues = ~(terminal[t] | truncated[t])  # a time limit is not terminal, but ends the sum
+        continues = ~(terminal[t] | truncated[t])  # both end the sum
         advantage[t] = delta[t] + gamma * gae_lambda * next_advantage * continues  # (11)
         next_advantage = advantage[t]
     return advantage
@@ -197,12 +200,12 @@ class RunningMoments(nn.Module):
 
     def update(self, rows):
         """Merge rows (R, *shape); every process must call this, each with its own rows."""
-        count, mean, var = moments(rows)
-        assert var.isfinite().all(), "an observation or a reward is not finite"
-        weight, delta = count / (self.count + count), mean - self.mean
-        self.var += weight * (var - self.var) + weight * (1 - weight) * delta**2
-        self.mean += weight * delta
-        self.count += count
+        new_count, new_mean, new_var = moments(rows)
+        assert new_var.isfinite().all(), "an observation or a reward is not finite"
+        w, delta = new_count / (self.count + new_count), new_mean - self.mean
+        self.var += w * (new_var - self.var) + w * (1 - w) * delta**2
+        self.mean += w * delta
+        self.count += new_count
 
     def scale(self, x):
         """Divide x by the standard deviation, clip to ± 10; the caller may subtract the mean."""
@@ -284,7 +287,7 @@ class Agent(nn.Module):
 
     def features(self, obs):
         """Return what actor and critic get: normalized vectors, or what the CNN makes of images."""
-        if self.cnn:
+        if self.cnn:  # which takes (R, C, H, W)
             return self.cnn(obs.flatten(0, -4) / 255).unflatten(0, obs.shape[:-3])
         return self.obs_moments.scale(obs - self.obs_moments.mean) if self.obs_moments else obs
 
@@ -309,13 +312,18 @@ def collect(envs, agent, obs, valid, num_steps):
     obs (N, ...) are the current observations. valid (N,) is False where the first step only resets.
     Returns both for the next call, and a dict of obs (T, N, ...), action (T, N, K), and (T, N):
         reward: 0 if the step only reset
-        terminal: s_{t+1} has value 0, as the task ended or a life was lost [C1]; after a lost life
-            the episode goes on, so done is False
+        terminal: s_{t+1} has value 0: the task ended, or a life was lost [C1]
         truncated: a time limit was reached
-        done: the episode ended, so the next step only resets
+        done: the episode ended, so the next step only resets; not yet if a life was lost
         valid: False if this step only reset the environment
         logprob, value: of the policy that played
         next_value: V(s_{t+1}), see gae
+    If step 5 is the last of an episode:
+        t   obs[t]                        action[t]   done[t]   valid[t]   next_value[t]
+        4   s_4                           a_4         False     True       value[5]
+        5   s_5                           a_5         True      True       value[6]
+        6   s_6, the episode's last one   ignored     False     False      not used
+        7   s_0 of the next episode       a_0         False     True       value[8]
     """
     steps = []
     for _ in range(num_steps):
@@ -327,11 +335,10 @@ def collect(envs, agent, obs, valid, num_steps):
                       "done": done, "valid": valid})
         obs, valid = next_obs, ~done                                              # [C2]
     rollout = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
-    pi, value = agent(rollout["obs"])  # the weights that played; faster than in each step
+    # The weights are still those that played. One large pass is faster than one in each step.
+    pi, value = agent(rollout["obs"])
     _, last_value = agent(obs)
-    # The reset comes one step later [C2]. So if step t ended an episode, obs[t + 1] is its last
-    # observation, and value[t + 1] is the value needed here.
-    next_value = torch.cat([value[1:], last_value.unsqueeze(0)])
+    next_value = torch.cat([value[1:], last_value.unsqueeze(0)])  # also at an episode's end [C2]
     rollout |= {"logprob": pi.log_prob(rollout["action"]), "value": value, "next_value": next_value}
     return obs, valid, rollout
 
@@ -341,12 +348,12 @@ def update(agent, optimizer, batch, args):
 
     Returns the mean of each metric over the minibatches of this process.
     """
-    history, minibatches = [], []
+    history, minibatches = [], []  # minibatches of all epochs, so that one break ends the update
     for _ in range(args.update_epochs):
         permutation = torch.randperm(len(batch["obs"]), device=batch["obs"].device)
         minibatches += permutation.tensor_split(args.num_minibatches)
-    for index in minibatches:  # row numbers; all epochs in one loop, so that break ends them all
-        rows = {name: column[index] for name, column in batch.items()}
+    for row_numbers in minibatches:
+        rows = {name: column[row_numbers] for name, column in batch.items()}
         pi, value = agent(rows["obs"])
         logprob = pi.log_prob(rows["action"])                                     # (M,)
         loss_pi = ppo_loss(logprob, rows["logprob"], rows["advantage"], args.clip_coef)
@@ -366,7 +373,7 @@ def update(agent, optimizer, batch, args):
                    "clip_fraction": ((ratio - 1).abs() > args.clip_coef).float().mean()}
         history.append({name: metric.detach() for name, metric in metrics.items()})
         if args.target_kl is not None and moments(kl)[1] > 1.5 * args.target_kl:
-            break  # in all processes, before the step of this minibatch          # [C6]
+            break  # in all processes                                             # [C6]
         optimizer.step()
     return {name: torch.stack([row[name] for row in history]).mean().item() for name in history[0]}
 
@@ -381,17 +388,17 @@ def train(args):
     reward_moments = RunningMoments(()).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # lr: below [C5]
     parts = {"agent": agent, "reward_moments": reward_moments, "optimizer": optimizer}
-    # With several processes, backward() averages their gradients [C10].
+    # The same network; with several processes, its backward() averages their gradients [C10].
     learner = nn.parallel.DistributedDataParallel(agent) if world_size > 1 else agent
     with Logger(args, parts) as log:
         # Each process, and each resumed run, gets its own episodes and actions.
         obs = envs.reset(seed_everything(args.seed, rank, log.iteration))
         valid = torch.ones(len(obs), dtype=torch.bool, device=device)
         if agent.obs_moments and log.iteration == 0:
-            # For statistics only.
+            # A batch for the statistics only, then new episodes: no first step only resets.
             *_, rollout = collect(envs, agent, obs, valid, args.num_steps)
             agent.obs_moments.update(rollout["obs"][rollout["valid"]])            # [C8]
-            obs = envs.reset()  # so valid is still True for all
+            obs = envs.reset()
         # Sums so far of the episodes that have not ended, for the next batch, (N,).
         episode_return, discounted_return = torch.zeros(2, len(obs), device=device)
         while log.step < args.total_timesteps and not log.reached(args.stop_at):
@@ -410,7 +417,8 @@ def train(args):
                             rollout["truncated"], args.gamma, args.gae_lambda)
             batch = {name: rollout[name] for name in ("obs", "action", "logprob")}
             batch |= {"advantage": advantage, "target": advantage + rollout["value"]}  # [C3]
-            batch = {name: column[rollout["valid"]] for name, column in batch.items()}  # [C2]
+            # A boolean mask also flattens (T, N, ...) to (rows, ...).              [C2]
+            batch = {name: column[rollout["valid"]] for name, column in batch.items()}
             _, mean, advantage_var = moments(batch["advantage"])
             _, _, target_var = moments(batch["target"])
             batch["advantage"] = (batch["advantage"] - mean) / (advantage_var.sqrt() + 1e-8)  # [C4]
@@ -430,7 +438,8 @@ def train(args):
     return agent, log.score
 
 
-# --- The algorithm ends here. Below: flags, processes, environments, evaluation, logging. ---
+# --- The algorithm ends here. Below: flags, processes, environments with lost lives [C1] and
+# scaled actions [C9], evaluation, logging. ---
 
 
 def default_args(env_id, **overrides):
@@ -473,7 +482,7 @@ def setup(args):
         rank, world_size = dist.get_rank(), dist.get_world_size()
     if args.num_envs % world_size:
         raise SystemExit(f"--num-envs {args.num_envs}: not divisible by {world_size} processes")
-    # At worst every second step only resets. Each minibatch needs a row.
+    # At worst every second step only resets. Each minibatch needs at least one row.
     if args.num_envs // world_size * (args.num_steps // 2) < args.num_minibatches:
         raise SystemExit(f"--num-minibatches {args.num_minibatches}: the batch is too small")
     torch.manual_seed(args.seed)  # the same weights in all processes
@@ -512,9 +521,9 @@ class Envs(gym.vector.VectorWrapper):
         if self.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
             raise SystemExit(f"--env-id {args.env_id}: needs autoreset mode NEXT_STEP")
         self.obs_shape, self.channels_last = image_layout(obs_space)
-        # Bytes in vectors are divided by 255, as the pixels of images are.
-        self.scale = np.float32(np.where((obs_space.low == 0) & (obs_space.high == 255), 255, 1))
-        if float_box:  # bounds that are infinite, or beyond 1e6, become -1 and 1: no scaling
+        # Parts of vectors with bounds 0 and 255 are divided by 255, as the pixels of images are.
+        self.divisor = np.float32(np.where((obs_space.low == 0) & (obs_space.high == 255), 255, 1))
+        if float_box:  # -1 and 1 instead of bounds that are infinite, or beyond 1e6: no scaling
             bounded = np.maximum(-action_space.low, action_space.high).astype(np.float64) <= 1e6
             self.low = np.where(bounded, action_space.low, -1)
             self.high = np.where(bounded, action_space.high, 1)
@@ -540,7 +549,7 @@ class Envs(gym.vector.VectorWrapper):
     def to_tensor(self, obs):
         """Copy observations: images stay uint8, all else becomes float32 vectors."""
         if len(self.obs_shape) == 1:
-            obs = (obs / self.scale).astype(np.float32)
+            obs = (obs / self.divisor).astype(np.float32)
         obs = np.moveaxis(obs, -1, -3) if self.channels_last else obs
         return torch.tensor(obs, device=self.device).reshape(-1, *self.obs_shape)
 
@@ -548,7 +557,7 @@ class Envs(gym.vector.VectorWrapper):
         """Convert sampled actions to what the environments expect.
 
         Discrete and MultiDiscrete actions count from space.start. Box actions are scaled from
-        [-1, 1] to the bounds, then clipped.
+        [-1, 1] to the bounds, if these are not too far, then clipped [C9].
         """
         space = self.single_action_space
         action = action.cpu().numpy().reshape(-1, *space.shape)
@@ -595,7 +604,7 @@ def wrap_env(env, video_dir):
     if isinstance(space, Dict) and len(space) == 1:  # the only part may be an image
         key, space = next(iter(space.items()))
         env = gym.wrappers.TransformObservation(env, lambda obs: obs[key], space)
-    if not isinstance(space, Box | None):
+    if not isinstance(space, Box | None):  # None is refused by Envs
         env = gym.wrappers.TransformObservation(
             env, lambda obs: gym.spaces.flatten(space, obs), gym.spaces.flatten_space(space))
     return env
