@@ -8,19 +8,21 @@
 """DPO: direct preference optimization for language models (Rafailov et al., 2023).
 
 The data are pairs of a better answer y_w (chosen) and a worse answer y_l (rejected) to a prompt x.
-The policy that maximizes E[r] − β KL(π‖π_ref) for a reward r is known in closed form (4). Solved
-for r, (4) says: each policy π is the best one for the reward r̂ = β log π/π_ref, plus a term that
-depends on x alone. This term cancels in r(y_w) − r(y_l). In the model of Bradley and Terry, y_w is
-preferred with the probability σ(r(y_w) − r(y_l)). With r̂ in place of r, the negative
+The model of Bradley and Terry explains them by a reward r. The policy π* that maximizes
+E[r] − β KL(π‖π_ref) is known in closed form (4). Solved for r, (4) says that each policy π is the
+best one for the reward r̂(x, y) = β log π(y|x)/π_ref(y|x), up to a term that depends on x alone,
+β log Z. This term cancels in the difference of two rewards. With r̂ in place of r, the negative
 log-likelihood of the pairs is the loss (7). DPO minimizes it, without a reward model and without
 sampling. Equation numbers refer to arXiv 2305.18290:
 
-    π*(y|x) ∝ π_ref(y|x) exp(r(x, y) / β)                                                (4)
+    p(y_w is preferred) = σ(r(x, y_w) − r(x, y_l))                         Bradley and Terry
+    π*(y|x) = π_ref(y|x) exp(r(x, y) / β) / Z(x)                                         (4)
+    r(x, y) = β log π*(y|x)/π_ref(y|x) + β log Z(x)                      (4), solved for r
     loss = −E log σ(β [log π/π_ref(y_w|x) − log π/π_ref(y_l|x)])                         (7)
 
 The gradient of a pair pushes log π(y_w) up and log π(y_l) down, both with the weight
-β σ(r̂_l − r̂_w), which is large where r̂ prefers the worse answer. The loss depends only on the
-difference of the two, so log π(y_w) may fall if log π(y_l) falls more.
+β σ(r̂(y_l) − r̂(y_w)), which is large where r̂ prefers the worse answer. The loss depends only on
+the difference of the two, so log π(y_w) may fall if log π(y_l) falls more.
 
 Implementation choices:
 [C1] These flags select published variants. Δ is the difference in brackets in (7). In Δ', each
@@ -60,7 +62,7 @@ is no `prompt`, it is what they have in common at the beginning.
 Memory: 16 bytes per parameter for weights, gradients and AdamW, or 4 with LoRA. Several processes
 share these, but each has all gradients if there are several micro-batches. Activations come on top.
 
-Results, five seeds: greedy accuracy on held-out sums, before -> after, on two cores:
+Results of five seeds on two cores. Greedy accuracy on held-out sums, before -> after:
     default: 0.322 -> 0.995 (lowest 0.980), 70 s
     a step of SmolLM2-135M in float32, 16 pairs of 64 to 128 tokens: 23 s, 3.5 GiB
 """
@@ -102,7 +104,7 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Args:
-    """The defaults are those of the tiny GPT; default_args returns those of a --model."""
+    """The defaults here are those of the tiny GPT; default_args returns those of a --model."""
 
     model: str = ""  # Hugging Face folder or hub id: Llama, Qwen2, Qwen3; default: a tiny GPT
     data: str = ""  # JSON lines or a JSON array, may be .gz, see above; needs --model
@@ -110,14 +112,14 @@ class Args:
     chat_template_kwargs: str = "{}"  # JSON for the chat template: '{"enable_thinking": false}'
     max_length: int = 1024  # tokens of prompt and answer; longer answers are cut at the end
     seed: int = 1
-    num_epochs: int = 4  # how often to learn from each pair
+    num_epochs: int = 4  # how often to learn from each pair; with --model 1
     max_steps: int | None = None  # batches to learn from, instead of --num-epochs
-    batch_size: int = 256  # pairs per batch, over all processes
-    learning_rate: float = 5e-4  # highest AdamW step size [C3]
-    warmup_ratio: float = 0.1  # share of the batches in which the step size grows [C3]
+    batch_size: int = 256  # pairs per batch, over all processes; with --model 16
+    learning_rate: float = 5e-4  # highest of AdamW [C3]; with --model 1e-6, and with LoRA 1e-4
+    warmup_ratio: float = 0.1  # share of the batches in which the learning rate grows [C3]
     max_grad_norm: float = 1.0  # clip the gradient norm to this
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"  # [C1]
-    beta: float = 0.5  # strength of the pull towards the reference policy
+    beta: float = 0.5  # strength of the pull towards the reference policy; with --model 0.1
     label_smoothing: float = 0.0  # share of labels assumed to be wrong [C1]
     length_normalize: bool = False  # divide log-probabilities by the number of tokens [C1]
     reference_free: bool = False  # leave out the reference policy [C1]
@@ -176,7 +178,7 @@ def token_logprobs(model, inputs, targets, mask, chunk_size=1024):
     (K, V), would be the largest tensor by far.
     """
     hidden = model(inputs)[mask]                                              # (K, D)
-    # Only after model(inputs): FSDP gathers this weight there and keeps it for the backward pass.
+    # Only after model(inputs): under FSDP this weight is complete once the forward pass has run.
     weight = model.output_weight().to(hidden.dtype)
     chunks = zip(hidden.split(chunk_size), targets[mask].split(chunk_size))
     logprobs = [checkpoint(target_logprobs, hidden_chunk, target_chunk, weight, use_reentrant=False)
@@ -224,7 +226,10 @@ def answer_lengths(pairs, device):
 
 
 def pair_losses(logprob, ref_logprob, length, args):
-    """Compute the loss of each pair, (P,), from log π, log π_ref and length of answers (P, 2)."""
+    """Compute the loss of each pair, (P,), with the options that depend on the length of answers.
+
+    logprob, ref_logprob and length are (P, 2): log π, log π_ref and number of tokens.
+    """
     divisor = length if args.length_normalize else 1                              # [C1]
     loss = preference_loss(logprob / divisor, ref_logprob / divisor, args.beta, args.loss_type,
                            args.label_smoothing, args.gamma_margin)
@@ -232,8 +237,8 @@ def pair_losses(logprob, ref_logprob, length, args):
 
 
 @torch.no_grad()
-def compute_logprobs(model, pairs, args, title="reference"):
-    """Compute log π of the answers of all pairs, (P, 2); the processes share the work."""
+def all_answer_logprobs(model, pairs, args, title="reference"):
+    """Compute answer_logprobs of all pairs, (P, 2), in micro-batches that the processes share."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     indices = by_length(pairs, range(len(pairs)))
     # All processes must call the model equally often, so some compute the first pair once more.
@@ -281,9 +286,10 @@ def update(model, optimizer, pairs, ref_logprob, args):
         part = slice(start, start + args.micro_batch_size)
         logprob = answer_logprobs(model, pairs[part], args.device)                # (M, 2)
         loss = pair_losses(logprob, ref_logprob[part], length[part], args)        # (M,)
-        if dist.is_initialized():  # FSDP adds up gradients only in the last micro-batch
+        if dist.is_initialized():
+            # Each process adds up its own gradients. After the last micro-batch FSDP adds up those
+            # of all processes, so the divisor is the number of all pairs.
             model.set_requires_gradient_sync(part.stop >= len(pairs))
-        # batch_size counts the pairs of all processes, and FSDP adds up their gradients.
         (loss.sum() / args.batch_size).backward()                                 # [C5]
         logprobs[part] = logprob.detach()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm,
@@ -308,12 +314,11 @@ def train(args):
         num_steps, eval_every = plan(pairs, heldout, tokenizer, args)
         token_bytes = [ids.tobytes() for pair in heldout + pairs for ids in pair]
         data_hash = hashlib.sha256(b"".join(token_bytes)).hexdigest()
-        if log.ref_logprob is None:  # a new run, or one that ended before this was computed
-            log.data_hash = data_hash
-            log.before = None if args.model else evaluate_sums(model, tokenizer, None, args)
-            # Here the model is still the reference policy.
+        if log.ref_logprob is None:  # a new run: the model is still the reference policy
             log.ref_logprob = (torch.zeros(len(heldout + pairs), 2) if args.reference_free
-                               else compute_logprobs(model, heldout + pairs, args))  # [C2]
+                               else all_answer_logprobs(model, heldout + pairs, args))  # [C2]
+            log.before = None if args.model else evaluate_sums(model, tokenizer, None, args)
+            log.data_hash = data_hash
         elif log.data_hash != data_hash:
             raise SystemExit(f"--resume {args.resume}: the pairs have other tokens now; if the "
                              "chat template adds today's date, set it with --chat-template-kwargs")
@@ -328,7 +333,7 @@ def train(args):
             if log.step == 1 or log.step % eval_every == 0 or log.step == num_steps:
                 log.heldout = evaluate(model, heldout, heldout_ref, args)
                 log.score = log.heldout["heldout_accuracy"]
-            log.write(**metrics, **log.heldout)
+            log.write(**metrics, **log.heldout)  # metrics: before the step; heldout: the last ones
     if args.model:  # Ctrl-C does not get here: Logger.__exit__ raises SystemExit
         save_model(log.dir / "model", model, tokenizer)
     else:
@@ -348,9 +353,11 @@ def train(args):
 def mean_metrics(logprob, ref_logprob, length, args):
     """Compute means over the pairs, by name; see pair_losses for the arguments.
 
-    accuracy: how often the chosen answer has the higher reward. accuracy_longer: the same where it
-    is the longer one; NaN if there are no such pairs. chosen_fell: how often log π of the chosen
-    answer is below its log π_ref, which the loss allows; NaN without a reference.
+    accuracy: how often the chosen answer has the higher reward r̂; in the first batch π is π_ref,
+    so that it has no meaning. accuracy_longer: the same where chosen is the longer answer; NaN if
+    there are no such pairs. chosen_fell: how often log π of the chosen answer is below its log
+    π_ref, which the loss allows; NaN without a reference. With --length-normalize rewards and
+    log-probabilities are per token.
     """
     loss = pair_losses(logprob, ref_logprob, length, args)
     if args.length_normalize:                                                     # [C1]
@@ -369,7 +376,7 @@ def mean_metrics(logprob, ref_logprob, length, args):
 
 def evaluate(model, pairs, ref_logprob, args):
     """Compute some metrics of held-out pairs; ref_logprob is (P, 2)."""
-    logprob = compute_logprobs(model, pairs, args, "evaluation")
+    logprob = all_answer_logprobs(model, pairs, args, "evaluation")
     metrics = mean_metrics(logprob, ref_logprob, answer_lengths(pairs, "cpu"), args)
     return {f"heldout_{name}": metrics[name].item()
             for name in ("loss", "accuracy", "margin", "chosen_fell")}
@@ -419,14 +426,14 @@ class Attention(nn.Module):
     def forward(self, x, rotation):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))           # (R, heads, L, E)
-        qk = torch.cat([self.q_norm(q.float()), self.k_norm(k.float())], 1)
+        qk = torch.cat([self.q_norm(q.float()), self.k_norm(k.float())], 1)  # rotated at once
         q, k = rotate(qk, *rotation).to(v.dtype).split([q.shape[1], k.shape[1]], 1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 def rotate(x, cos, sin):
-    """Rotate the halves of x (R, heads, L, E) by angles; cos and sin are like (R, 1, L, E/2)."""
+    """Rotate the halves of x (R, heads, L, E) by angles; cos and sin are (1 or R, 1, L, E/2)."""
     left, right = x.chunk(2, -1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
@@ -754,8 +761,8 @@ def load_pairs(args, tokenizer, model, folder):
         if dist.is_initialized():
             dist.barrier()  # the others read it
     max_length = min(args.max_length, model.config["max_position_embeddings"])
-    # Sorted by the hash of the prompt. The first rows are held out, and with them all other rows of
-    # the last one's prompt. The held-out sums of the tiny GPT have the lowest hashes.
+    # The prompts with the lowest hashes are held out, with all their pairs. The tiny GPT has made
+    # its held-out pairs from sums with the lowest hashes.
     rows = sorted(read_rows(path, lambda row: read_pair(row, tokenizer, max_length),
                             args.skip_bad_rows), key=lambda row: row[0])
     num_heldout = max(min(args.eval_pairs, len(rows) // 10), 1) if args.data else args.eval_pairs
@@ -827,10 +834,10 @@ def encode_answer(text, tokenizer):
     not end with a stop token gets one.
     """
     ids = tokenizer.encode(text)                                                  # [C4]
-    end = 1 + max((i for i, token in enumerate(ids) if token in tokenizer.stop_ids), default=-1)
-    if end == 0 or tokenizer.decode(ids[end:]).strip():
-        return ids + tokenizer.stop_ids[:1]                                       # [C6]
-    return ids[:end]
+    ends = [i + 1 for i, token in enumerate(ids) if token in tokenizer.stop_ids]
+    if ends and not tokenizer.decode(ids[ends[-1]:]).strip():
+        return ids[:ends[-1]]
+    return ids + tokenizer.stop_ids[:1]                                           # [C6]
 
 
 def split_row(row):

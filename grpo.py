@@ -13,14 +13,17 @@ needed. The loss is PPO's clipped objective, with the same Â for all tokens of 
 Equation numbers refer to DeepSeekMath, arXiv 2402.03300:
 
     ρ_t = π(o_t | q, o_<t) / π_old(o_t | q, o_<t)
-    Â = (r − mean r) / std r      of the group; the default leaves out std, see [C1]
-    J = E[ mean over tokens of min(ρ_t Â, clip(ρ_t, 1−ε, 1+ε) Â) ] − β KL(π‖π_ref)     (3)
-    k3 = π_ref/π − log(π_ref/π) − 1                                 estimates the KL   (4)
+    Â = (r − mean r) / std r                                              of the group
+    J = E[ mean over tokens of (min(ρ_t Â, clip(ρ_t, 1−ε, 1+ε) Â) − β k3_t) ]          (3)
+    k3_t = π_ref/π − log(π_ref/π) − 1             of o_t; it estimates KL(π‖π_ref)     (4)
+
+This is --preset grpo, except for [C3] and [C4]. The default has Â = r − mean r, and β = 0, so no
+reference policy π_ref. It clips ρ_t to [0.8, 1.28]. The mean is over all tokens of the batch.
 
 Implementation choices:
-[C1] --preset selects a variant. "scale" is how r − mean r is scaled, see group_advantage. "loss" is
-     the objective, see policy_loss, and how tokens are averaged, see token_weight. With β = 0 there
-     is no reference policy. "cispo" does not use ε.
+[C1] --preset selects a variant. "scale" is how r − mean r is scaled, see group_advantage. "loss"
+     stands for two things: the objective, see policy_loss, and the mean over tokens, see
+     token_weight. "cispo" does not use ε.
                 scale          loss     ratio     ε       ε_high  β     paper (arXiv)
        default  none           dapo     token     0.2     0.28    0
        grpo     group          grpo     token     0.2     0.2     0.04  2402.03300
@@ -31,14 +34,17 @@ Implementation choices:
        rloo     leave-one-out  dr_grpo  token     0.2     0.2     0     2402.14740
      The default does not divide by std, which would give the largest weight to prompts that are
      nearly always or nearly never solved. Other parts of these papers are left out.
-[C2] π_old is π before the first update on a batch. With one update per batch, the default, ρ = 1
-     and nothing is clipped. But ∇ρ = ∇log π, so the gradient of a token's loss is −Â ∇log π, that
-     of REINFORCE with a baseline. So gspo has the gradient of grpo with β = 0, and cispo that of
-     dapo. The value of the loss is then a weighted mean of −Â and says nothing about progress.
+[C2] π_old is π before the first update on a batch. With one update per batch, the default, π is
+     still π_old. So ρ = 1, nothing is clipped, and the value of the loss says nothing about
+     progress. But the gradient is not 0: ∇ρ = ρ ∇log π = ∇log π, so that of a token's loss is
+     −Â ∇log π, as in REINFORCE with a baseline. The clip range, "cispo" and the ratio of a
+     sequence make a difference only with --num-iterations > 1.
      The trainer computes log π_old. The log π of the sampler is used in metrics only.
-[C3] The KL term is ρ k3. The paper leaves out ρ. Then the mean is right, too, but the gradient is
-     that of KL(π_ref‖π), another divergence.
-[C4] Groups with equal rewards have Â = 0. They are skipped and do not count in the means.
+[C3] The KL term is ρ k3. Completions come from π_old, so its mean is that of k3 over completions of
+     π, which is the KL, and its gradient is that of the KL. The paper leaves out ρ: with π = π_old
+     the value is the same, but the gradient is that of KL(π_ref‖π), another divergence.
+[C4] Groups with equal rewards have Â = 0. They are skipped, also in the KL term, and do not count
+     in the means.
 [C5] Means are over the whole batch, so for given completions the gradient does not depend on
      --micro-batch-size or on the number of processes.
 [C6] The stop token is part of the completion and is trained on. The prompt is not.
@@ -58,11 +64,13 @@ model continues, or a list of chat messages. The default reward also needs `answ
     {"prompt": [{"role": "user", "content": "What is 7 * 8? Put the answer in \\boxed{}."}],
      "answer": "56"}
 
-Memory in bytes per parameter: 16 for weights, gradients and AdamW, or 4 with LoRA; 2 with --bf16,
-else 4 with --compile or torchrun, for a copy that generates; 4 with β > 0 and without LoRA. Under
-torchrun all but the gradients and this copy are shared. Activations and the cache come on top.
+Memory in bytes per parameter; activations and the cache come on top:
+    16    weights, gradients and AdamW; 4 with LoRA
+     2    a copy that generates, with --bf16; else 4 with --compile or torchrun, 0 without
+     4    the reference policy, if β > 0 and without LoRA
+torchrun divides this among the processes, except the gradients and the copy that generates.
 
-Results, five seeds: greedy accuracy on held-out sums, before -> after, on two cores:
+Results of five seeds on two cores. Greedy accuracy on held-out sums, before -> after:
     default: 0.337 -> 0.999 (lowest 0.996), 41 s
     a step of SmolLM2-135M in float32, 16 completions of 32 tokens: 8 s, 3.5 GiB
 """
@@ -102,7 +110,7 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Args:
-    """The defaults are those of the tiny GPT; default_args applies --model and --preset."""
+    """The defaults here are those of the tiny GPT; default_args applies --model and --preset."""
 
     model: str = ""  # Hugging Face folder or hub id: Llama, Qwen2, Qwen3; default: a tiny GPT
     data: str = ""  # JSON lines or a JSON array, may be .gz, see above; needs --model
@@ -110,13 +118,13 @@ class Args:
     chat_template_kwargs: str = "{}"  # JSON for the chat template: '{"enable_thinking": false}'
     seed: int = 1
     max_steps: int = 300  # batches to generate and learn from
-    batch_size: int = 128  # prompts per batch, over all processes
+    batch_size: int = 128  # prompts per batch, over all processes; with --model 32
     num_generations: int = 8  # G: completions per prompt
-    max_completion_length: int = 4  # C: tokens per completion
+    max_completion_length: int = 4  # C: tokens per completion; with --model 256
     max_length: int = 1024  # tokens of prompt and completion; longer prompts are left out
     temperature: float = 1.0  # sampling temperature [C7]
-    learning_rate: float = 3e-4  # AdamW step size
-    warmup_ratio: float = 0.0  # share of the batches in which the step size grows from 0
+    learning_rate: float = 3e-4  # of AdamW; with --model 2e-6, and with LoRA 1e-4
+    warmup_ratio: float = 0.0  # share of the batches in which the rate grows; with --model 0.1
     max_grad_norm: float = 1.0  # clip the gradient norm to this
     preset: str = "default"  # a row of the table [C1]; gives the next six flags their defaults
     scale_rewards: Literal["group", "batch", "none", "leave-one-out"] = "none"  # how to scale [C1]
@@ -145,18 +153,6 @@ class Args:
     wandb_project: str = "policy-gradients"
 
 
-PRESETS = {  # the rows of table [C1], as differences from Args
-    "default": {},
-    "grpo": {"scale_rewards": "group", "loss_type": "grpo", "epsilon_high": 0.2, "beta": 0.04},
-    "dr_grpo": {"loss_type": "dr_grpo", "epsilon_high": 0.2},
-    "dapo": {"scale_rewards": "group"},
-    "gspo": {"scale_rewards": "group", "loss_type": "grpo", "epsilon": 3e-4, "epsilon_high": 4e-4,
-             "importance_sampling_level": "sequence"},
-    "cispo": {"scale_rewards": "group", "loss_type": "cispo", "epsilon_high": 4.0},
-    "rloo": {"scale_rewards": "leave-one-out", "loss_type": "dr_grpo", "epsilon_high": 0.2},
-}
-
-
 def group_advantage(reward, scale_rewards):
     """Compute how much better each completion is than its group, (B, G), from rewards (B, G)."""
     advantage = reward - reward.mean(1, keepdim=True)
@@ -177,9 +173,10 @@ def importance_ratio(logprob, old_logprob, mask, level):
 
 
 def policy_loss(ratio, logprob, advantage, loss_type, epsilon, epsilon_high):
-    """Compute the negative objective of each token, (R, L); the loss is its sum with token_weight.
+    """Compute the loss of each token, (R, L), which token_weight then averages.
 
-    logprob is (R, L), advantage (R,). If ratio is (R, 1), a clipped objective is (R, 1), too.
+    logprob is (R, L), advantage (R,). With a ratio (R, 1) a clipped loss is (R, 1), too: all tokens
+    of a row have the same.
     """
     advantage = advantage.unsqueeze(1)
     if loss_type == "cispo":  # the clipped ratio is only a weight: every token keeps its gradient
@@ -224,7 +221,7 @@ def token_logprobs(model, inputs, targets, mask, temperature=1.0, chunk_size=102
     (K, V), would be the largest tensor by far.
     """
     hidden = model(inputs)[mask]                                              # (K, D)
-    # Only after model(inputs): FSDP gathers this weight there and keeps it for the backward pass.
+    # Only after model(inputs): under FSDP this weight is complete once the forward pass has run.
     weight = model.output_weight().to(hidden.dtype)
     chunks = zip(hidden.split(chunk_size), targets[mask].split(chunk_size))
     logprobs = [checkpoint(target_logprobs, hidden_chunk, target_chunk, weight, temperature,
@@ -283,7 +280,7 @@ def generate_batch(sampler, tokenizer, examples, reward, args):
     completions = generate(sampler, tokenizer, examples, args)
     rewards = torch.tensor([float(reward(completion_text(completion, tokenizer), examples[i // G]))
                             for i, completion in enumerate(completions)]).view(-1, G)  # (B, G)
-    # --scale-rewards batch needs the rewards of all processes. Each then keeps its own groups.
+    # "batch" needs the rewards of all processes. Then each process takes its own groups back.
     advantage = group_advantage(all_gather(rewards), args.scale_rewards)
     advantage = advantage.split(len(rewards))[get_rank()].flatten()               # (R,)
     equal_rewards = (rewards == rewards[:, :1]).all(1).repeat_interleave(G)       # (R,)  [C4]
@@ -303,16 +300,16 @@ def make_batch(completions, advantage, trained, args):
     lengths = [len(completion.prompt) + len(completion.tokens) for completion in completions]
     # Rows to learn from come first, so that the others can be left out. Longer rows come before
     # shorter ones, so that a micro-batch needs little padding.
-    order = sorted(range(len(lengths)), key=lambda i: (bool(trained[i]), lengths[i]), reverse=True)
+    order = sorted(range(len(lengths)), key=lambda i: (not trained[i], -lengths[i]))
     rows, device = [completions[i] for i in order], args.device
     inputs, targets, completion_mask = pad_batch([(row.prompt, row.tokens) for row in rows], device)
     sampled_logprob = pad_sequence(
         [torch.tensor([0.0] * len(row.prompt) + row.logprobs) for row in rows], batch_first=True)
     mask = completion_mask & trained[order].unsqueeze(1).to(device)
-    # FSDP forward passes involve all processes: each runs as many micro-batches as the one with the
-    # most rows to learn from. Processes with fewer fill up with rows whose mask is empty. Columns
-    # after the end of the longest row to learn from, the first, are left out.
+    # FSDP: each process must run the same number of micro-batches. Those with fewer rows to learn
+    # from also run some of the other rows, whose mask is empty.
     max_rows = int(all_gather(trained.sum().view(1)).max())
+    # The first row of a micro-batch is its longest one to learn from. Later columns are left out.
     micro_batches = [(slice(start, min(start + args.micro_batch_size, max_rows)),
                       slice(0, lengths[order[start]] - 1))
                      for start in range(0, max_rows, args.micro_batch_size)]
@@ -325,8 +322,8 @@ def update(model, reference, optimizer, batch, args):
     num_rows, num_tokens = all_reduce_sum(torch.stack([batch.mask.any(1).sum(), batch.mask.sum()]))
     weight = token_weight(batch.mask, args.loss_type, num_rows, num_tokens,
                           args.max_completion_length)                             # (R, L)
-    # log π, log π_old and log π_ref of each token. The last two are set in the first iteration, in
-    # which π is still π_old.
+    # log π, log π_old and log π_ref of each token. The first iteration sets the last two: as π is
+    # still π_old, log π_old needs no forward pass of its own.
     logprobs, old_logprobs, ref_logprobs = torch.zeros(3, *weight.shape, device=weight.device)
     loss_sum = torch.zeros((), device=weight.device)
     for iteration in range(args.num_iterations):
@@ -349,7 +346,9 @@ def update(model, reference, optimizer, batch, args):
                 loss = loss + args.beta * kl_estimate(
                     logprob, old_logprobs[part], ref_logprobs[part])
             loss = (loss * weight[part]).sum()
-            if dist.is_initialized():  # FSDP adds up gradients only in the last micro-batch
+            if dist.is_initialized():
+                # Each process adds up its own gradients. After the last micro-batch FSDP adds up
+                # those of all processes.
                 model.set_requires_gradient_sync(part == batch.micro_batches[-1])
             loss.backward()
             loss_sum += loss.detach() / args.num_iterations
@@ -381,8 +380,8 @@ def train(args, reward=None):
     del weights
     with Logger(args, model, optimizer, pretrained) as log:  # --resume: loads model and optimizer
         sampler = make_sampler(model, args)
-        result = evaluate(sampler, tokenizer, heldout, reward, args)
-        print_evaluation(log.step, *result)
+        log.score, transcripts = evaluate(sampler, tokenizer, heldout, reward, args)
+        print_evaluation(log.step, log.score, transcripts)
         while not log.stopped() and log.step < args.max_steps:
             start = time.perf_counter()
             warmup = min((log.step + 1) / max(args.warmup_ratio * args.max_steps, 1), 1)
@@ -394,19 +393,18 @@ def train(args, reward=None):
             sampled_at = time.perf_counter()
             metrics |= update(model, reference, optimizer, batch, args)
             update_sampler(sampler, model)
-            num_tokens = metrics["length"] * args.batch_size * args.num_generations
-            metrics["sample_tokens_per_second"] = num_tokens / (sampled_at - start)
-            num_tokens = metrics["trained_tokens"] * args.num_iterations
-            metrics["update_tokens_per_second"] = num_tokens / (time.perf_counter() - sampled_at)
+            sampled = metrics["length"] * args.batch_size * args.num_generations
+            metrics["sample_tokens_per_second"] = sampled / (sampled_at - start)
+            trained = metrics["trained_tokens"] * args.num_iterations
+            metrics["update_tokens_per_second"] = trained / (time.perf_counter() - sampled_at)
             log.step += 1
             if log.step % eval_every == 0 or log.step == args.max_steps:
-                result = evaluate(sampler, tokenizer, heldout, reward, args)
-                log.score, transcripts = result
+                log.score, transcripts = evaluate(sampler, tokenizer, heldout, reward, args)
                 log.write_transcripts(transcripts)
             log.write(**metrics)
     if args.model:  # Ctrl-C does not get here: Logger.__exit__ raises SystemExit
         save_model(log.dir / "model", model, tokenizer)
-    print_evaluation(log.step, *result)
+    print_evaluation(log.step, log.score, transcripts)
     end_processes()
     return model, log.score
 
@@ -474,7 +472,8 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
         if t + 1 == max_completion_length or len(active) == 0:
             break
         hidden = model(token.unsqueeze(1), cache)[:, 0]
-    # Finished rows are dropped only every 16 tokens, so they may go on after their stop token.
+    # A completion ends with its first stop token, which argmax finds. Finished rows may go on after
+    # it, as they are dropped only every 16 tokens.
     first_stop = torch.isin(tokens, stop_ids).int().argmax(1)
     length = torch.where(finished, first_stop + 1, max_completion_length)
     rows = zip(*(x.tolist() for x in (prompt_of_row, tokens, logprobs, length, finished)))
@@ -484,7 +483,7 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
 
 def completion_text(completion, tokenizer):
     """Return the text of a Completion, without the stop token."""
-    return tokenizer.decode(completion.tokens[:len(completion.tokens) - completion.finished])
+    return tokenizer.decode(completion.tokens[:-1] if completion.finished else completion.tokens)
 
 
 def choose_token(logprob, temperature):
@@ -583,7 +582,7 @@ class Attention(nn.Module):
     def forward(self, x, rotation, cache=None):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))           # (R, heads, L, E)
-        qk = torch.cat([self.q_norm(q.float()), self.k_norm(k.float())], 1)
+        qk = torch.cat([self.q_norm(q.float()), self.k_norm(k.float())], 1)  # rotated at once
         q, k = rotate(qk, *rotation).to(v.dtype).split([q.shape[1], k.shape[1]], 1)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -593,7 +592,7 @@ class Attention(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotate the halves of x (R, heads, L, E) by angles; cos and sin are like (R, 1, L, E/2)."""
+    """Rotate the halves of x (R, heads, L, E) by angles; cos and sin are (1 or R, 1, L, E/2)."""
     left, right = x.chunk(2, -1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
@@ -1199,6 +1198,18 @@ def pretrain(args, device):
 
 
 # --- Flags and processes ---
+
+
+PRESETS = {  # the rows of table [C1], as differences from Args
+    "default": {},
+    "grpo": {"scale_rewards": "group", "loss_type": "grpo", "epsilon_high": 0.2, "beta": 0.04},
+    "dr_grpo": {"loss_type": "dr_grpo", "epsilon_high": 0.2},
+    "dapo": {"scale_rewards": "group"},
+    "gspo": {"scale_rewards": "group", "loss_type": "grpo", "epsilon": 3e-4, "epsilon_high": 4e-4,
+             "importance_sampling_level": "sequence"},
+    "cispo": {"scale_rewards": "group", "loss_type": "cispo", "epsilon_high": 4.0},
+    "rloo": {"scale_rewards": "leave-one-out", "loss_type": "dr_grpo", "epsilon_high": 0.2},
+}
 
 
 def default_args(model="", preset="default", lora_rank=0, **overrides):

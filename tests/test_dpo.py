@@ -317,7 +317,7 @@ def test_pairs_are_sorted_longest_first():
 def test_scores_equal_plain_rows(micro_batch_size):
     """In the order of the pairs. Prompt tokens do not count, the stop token does."""
     model, pairs = make_tiny(), random_pairs(7)
-    scores = dpo.compute_logprobs(model, pairs, flags(micro_batch_size=micro_batch_size))
+    scores = dpo.all_answer_logprobs(model, pairs, flags(micro_batch_size=micro_batch_size))
     torch.testing.assert_close(scores, plain_scores(model, pairs), atol=1e-4, rtol=1e-5)
     assert not scores.requires_grad
 
@@ -379,12 +379,12 @@ def test_half_a_batch_has_half_the_gradient():
 
 def test_an_update_prefers_the_better_answer():
     model, pairs, args = make_tiny(), random_pairs(4), flags(batch_size=4)
-    reference = dpo.compute_logprobs(model, pairs, args)
+    reference = dpo.all_answer_logprobs(model, pairs, args)
     metrics = dpo.update(model, torch.optim.SGD(model.parameters(), 1e-3), pairs, reference,
                          dataclasses.replace(args, micro_batch_size=1))
     assert metrics["loss"].item() == pytest.approx(math.log(2), rel=1e-5)
     assert metrics["grad_norm"] > 0
-    after = dpo.compute_logprobs(model, pairs, args) - reference
+    after = dpo.all_answer_logprobs(model, pairs, args) - reference
     assert ((after[:, 0] - after[:, 1]) > 0).all()
 
 
@@ -935,9 +935,9 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     assert read_checkpoint(two)["progress"]["step"] == len(read_metrics(two)) == 6
     with (two / "metrics.csv").open("a") as file:
         file.write("7,row,that,is,newer\n8,than,the,checkpoint\n")
-    scored, compute_logprobs = [], dpo.compute_logprobs
-    monkeypatch.setattr(dpo, "compute_logprobs", lambda model, pairs, *rest: (
-        scored.append(len(pairs)), compute_logprobs(model, pairs, *rest))[1])
+    scored, all_answer_logprobs = [], dpo.all_answer_logprobs
+    monkeypatch.setattr(dpo, "all_answer_logprobs", lambda model, pairs, *rest: (
+        scored.append(len(pairs)), all_answer_logprobs(model, pairs, *rest))[1])
     code, _, (resumed, resumed_score) = call(capsys, "--resume", two)
     assert code == 0 and score == resumed_score
     assert_same_run(one, two)
@@ -1027,15 +1027,15 @@ def test_a_checkpoint_before_the_first_update_changes_nothing(
     llama, tmp_path, capsys, monkeypatch
 ):
     """Ctrl-C while log π_ref is computed: no batch is learned from; --resume begins with them."""
-    one, two, compute_logprobs = tmp_path / "one", tmp_path / "two", dpo.compute_logprobs
+    one, two, all_answer_logprobs = tmp_path / "one", tmp_path / "two", dpo.all_answer_logprobs
     assert call(capsys, *llama, "--run-dir", one)[0] == 0
 
     def pressed(*args):
         os.kill(os.getpid(), signal.SIGINT)
-        return compute_logprobs(*args)
+        return all_answer_logprobs(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dpo, "compute_logprobs", pressed)
+        patch.setattr(dpo, "all_answer_logprobs", pressed)
         assert call(capsys, *llama, "--run-dir", two)[0] == 130
     assert read_checkpoint(two)["progress"]["step"] == 0 and not (two / "model").exists()
     assert call(capsys, "--resume", two)[0] == 0
@@ -1209,8 +1209,8 @@ def test_lora_trains_adapters_only():
     """They start at 0; the model's own weights get no gradient."""
     model, whole, pairs = make_tiny(lora_rank=2), make_tiny(), random_pairs()
     args = flags()
-    before = dpo.compute_logprobs(model, pairs, args)
-    torch.testing.assert_close(before, dpo.compute_logprobs(whole, pairs, args))
+    before = dpo.all_answer_logprobs(model, pairs, args)
+    torch.testing.assert_close(before, dpo.all_answer_logprobs(whole, pairs, args))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.1)
     order = dpo.by_length(pairs, range(6))
     for _ in range(2):
@@ -1220,7 +1220,7 @@ def test_lora_trains_adapters_only():
         assert torch.equal(weight, dict(model.named_parameters())[name])
     assert len(changed) == 28 and all(
         dict(model.named_parameters())[name].any() for name in changed)
-    assert not torch.allclose(dpo.compute_logprobs(model, pairs, args), before)
+    assert not torch.allclose(dpo.all_answer_logprobs(model, pairs, args), before)
 
 
 # Runs of the tiny GPT
@@ -1330,7 +1330,7 @@ def learn(rank):
         shard = param.to_local() if hasattr(param, "to_local") else param
         rows = math.ceil(len(param) / (2 if hasattr(param, "to_local") else 1))
         assert shard.untyped_storage().nbytes() <= 4 * rows * math.prod(param.shape[1:]), name
-    reference = dpo.compute_logprobs(make_tiny(seed=1), pairs, args)
+    reference = dpo.all_answer_logprobs(make_tiny(seed=1), pairs, args)
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer, metrics = torch.optim.SGD(params, 0.5, 0.9), []
     for numbers in ([0, 3, 5, 8, 2, 1], [1, 2, 4, 6, 7, 8], [8, 0, 1, 2, 3, 4]):

@@ -876,7 +876,7 @@ def test_what_train_asks_of_its_parts(monkeypatch, tmp_path):
     assert [len(call[3].inputs) for call in updates] == [64] * 4
     assert max(row["sampler_gap_max"] for row in rows) < 1e-4
     scores = [row["score"] for row in rows]
-    assert scores[0] != scores[0] and scores[1] == scores[2] and scores[1] == scores[1]
+    assert 0 <= scores[0] <= 1 and scores[0] != scores[1] == scores[2]
     args = dataclasses.replace(args, run_dir=str(tmp_path / "again"))
     evaluations, _ = seen_in_train(monkeypatch, "evaluate", args)
     assert len(evaluations) == 3 and all(len(call[2]) == 16 for call in evaluations)
@@ -908,10 +908,15 @@ def test_sampler_of_a_bf16_run_has_the_newest_weights(monkeypatch, tmp_path):
     assert len(seen["update"]) == 3 and not torch.equal(seen["update"][0], seen["update"][2])
 
 
-def test_stop_at_ends_the_run(tmp_path):
-    args = grpo.default_args(**SMALL | {"run_dir": str(tmp_path / "run"), "stop_at": 0.0})
-    grpo.train(args, judge)
+def test_stop_at_ends_the_run(tmp_path, monkeypatch):
+    scores = iter((0.1, 0.5, 0.9))
+    monkeypatch.setattr(grpo, "evaluate", lambda *_: (next(scores), []))
+    args = grpo.default_args(**SMALL | {"run_dir": str(tmp_path / "run"), "stop_at": 0.5})
+    assert grpo.train(args, judge)[1] == 0.5
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 3
+    args = dataclasses.replace(args, run_dir=str(tmp_path / "good"))  # good enough before training
+    assert grpo.train(args, judge)[1] == 0.9
+    assert (tmp_path / "good" / "metrics.csv").read_text() == ""
 
 
 # Rewards and data
