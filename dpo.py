@@ -1235,10 +1235,10 @@ class Logger:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def stopped(self):
-        """Whether Ctrl-C was pressed in any process."""
-        if all_gather(torch.tensor([self.interrupted])).any():
-            self.interrupted = True
-        return self.interrupted
+        """Whether Ctrl-C was pressed in any process; the same in all."""
+        interrupted = bool(all_gather(torch.tensor([self.interrupted])).any())
+        self.interrupted = self.interrupted or interrupted  # it may have changed in the meantime
+        return interrupted
 
     def write(self, **metrics):
         """Log one batch; save a checkpoint from time to time."""
@@ -1299,6 +1299,8 @@ class Logger:
         if kind is None or (issubclass(kind, Exception) and not dist.is_initialized()):
             self.save()
         signal.signal(signal.SIGINT, self.old_handler)
+        if kind is None:
+            self.stopped()  # after that, self.interrupted is the same in all processes
         if get_rank() == 0 and kind is not SystemExit:  # a mistake of the user's has its own line
             print(f"score {self.score:.3f} after {self.step} batches, {self.seconds:.0f} s; "
                   f"files in {self.dir}")

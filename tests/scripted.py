@@ -95,10 +95,13 @@ SPACES = {
     "fine": Box(-0.1, 0.1, (2,), np.float64),
     "unbounded": Box(-np.inf, np.inf, (2,), np.float32),
     "number": Box(-1, 1, (), np.float32),
+    "sides": Box(np.float32([-1, 0, -np.inf, -1e7]), np.float32([1, 4, 1, 2])),
+    "deep": Box(0, 255, (40, 36, 12), np.uint8),
 }
 for name in SPACES:
     gym.register(f"Sees-{name}-v0", Spaces, kwargs={"obs": name, "action": "discrete"})
     gym.register(f"Does-{name}-v0", Spaces, kwargs={"obs": "box", "action": name})
+gym.register("Drives-v0", Spaces, kwargs={"obs": "last", "action": "box"})
 gym.register("Scripted-v0", Scripted)
 gym.register(
     "Garbage-v0", Scripted, vector_entry_point=lambda num_envs: Garbage([Scripted] * num_envs)

@@ -494,6 +494,28 @@ def test_discount_factor_of_a_step_starts_at_one_in_each_episode(exact_discount,
     assert ends > 20
 
 
+def test_what_train_keeps_from_one_step_to_the_next(monkeypatch):
+    """In a continuing task: the traces and the average reward; γ is 1, so I stays 1."""
+    calls, learn = [], actor_critic.learn
+
+    def watched(model, z, step, discount, *rest):
+        result = learn(model, z, step, discount, *rest)
+        calls.append((z.clone(), discount.clone(), step["valid"].clone(), result))
+        return result
+
+    monkeypatch.setattr(actor_critic, "learn", watched)
+    rows, _ = train_on(Interrupted, monkeypatch, 0.0, continuing=True, average_reward_rate=0.1,
+                       log_every=1, gamma=0.5)
+    average, traces = torch.zeros(()), torch.zeros_like(calls[0][0])
+    for (z, discount, valid, (delta, new_traces, _)), (*_, metrics) in zip(calls, rows):
+        assert torch.equal(discount, torch.ones(32)) and torch.equal(z, traces)
+        traces = new_traces
+        average = average + 0.1 * delta[valid].mean()
+        torch.testing.assert_close(metrics["average_reward"], average)
+        torch.testing.assert_close(metrics["squared_td_error"], (delta**2).mean())
+    assert len(rows) == 3 and not valid.all() and traces.any()
+
+
 def test_episodic_tasks_have_no_average_reward(monkeypatch):
     rows, _ = train_on(Garbage, monkeypatch, 0.0)
     assert all(row[2]["average_reward"] == 0 for row in rows)

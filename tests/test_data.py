@@ -216,6 +216,11 @@ def test_what_is_no_conversation_is_refused(script, chatml, messages):
         prompt_ids(script, chatml, messages)
 
 
+def test_all_roles_of_chat_templates_are_accepted(script):
+    roles = ("system", "developer", "user", "assistant", "tool")
+    script.check_messages("prompt", [{"role": role, "content": "Hi"} for role in roles])
+
+
 def test_example_is_printed_with_special_tokens(chatml, capsys):
     for prompt, start in (("Hi", "Hi"), (question("Hi"), CHAT.format("Hi"))):
         row = {"prompt": prompt, "chosen": "you", "rejected": "he"}
@@ -231,6 +236,7 @@ CHAT = ("<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\n{}<|im_end|>
         "<|im_start|>assistant\n")
 MESSAGES = [(CHAT.format("What colour is the sky?"), "It is blue.", "It is green."),
             (CHAT.format("What is two and two?"), "Four.", "Five.")]
+SYSTEM = {"role": "system", "content": "You help."}
 LAYOUTS = {
     "pairs_texts.jsonl": [("The sky is", " blue.", " green."),
                           ("Two and two is", " four.", " five.")],
@@ -271,6 +277,11 @@ def test_every_layout_has_a_file():
      (CHAT.format("Hi"), "a", "b")),
     ({"prompt": " hi", "chosen": question("Hi", "a"), "rejected": question("Hi", "b")},
      (CHAT.format("Hi"), "a", "b")),
+    ({"prompt": "Hi", "chosen": [SYSTEM, *question("Hi", "a")],
+      "rejected": [SYSTEM, *question("Hi", "b")]}, (CHAT.format("Hi"), "a", "b")),
+    # White space at the beginning of an answer, such as the indent of code, is part of it.
+    ({"prompt": question("Hi"), "chosen": "  a", "rejected": "b"},
+     (CHAT.format("Hi"), "  a", "b")),
     # The common beginning of two answers is not part of the prompt.
     ({"chosen": "Say hi\nTom", "rejected": "Say hi\nTim"}, ("Say hi", "\nTom", "\nTim")),
     ({"chosen": "Say hi\n!", "rejected": "Say hi\n?"}, ("Say hi", "\n!", "\n?")),
@@ -299,6 +310,8 @@ def test_an_answer_of_several_turns_is_trained_to_its_last_stop_token(chatml):
 @pytest.mark.parametrize("row, words", [
     ({"prompt": "Hi", "chosen": "a"}, "`rejected` must be a text, or chat messages"),
     ({"prompt": "Hi", "chosen": "a", "rejected": " "}, "`rejected` is empty"),
+    *(({name: "Hi", "chosen": "a b", "rejected": "a c"}, "rename the column")
+      for name in ("question", "instruction", "input", "query")),
     ({"prompt": "", "chosen": "a", "rejected": "b"}, "prompt is empty"),
     ({"prompt": "Hi", "chosen": "a", "rejected": "a"}, "equal"),
     ({"prompt": 5, "chosen": "a", "rejected": "b"}, "must be texts, or messages"),
@@ -317,6 +330,13 @@ def test_an_answer_of_several_turns_is_trained_to_its_last_stop_token(chatml):
 def test_bad_pairs_are_named(row, words, chatml):
     with pytest.raises(ValueError, match=words):
         dpo.read_pair(row, chatml, 500)
+
+
+def test_conversations_are_split_by_the_prompt_that_they_share(chatml):
+    rows = [{"chosen": question(text, "a"), "rejected": question(text, other)}
+            for text, other in (("Hi", "b"), ("Hi", "c"), ("Ho", "b"))]
+    one, two, three = (dpo.read_pair(row, chatml, 500)[0] for row in rows)
+    assert one == two != three
 
 
 def test_words_after_a_stop_token_are_trained_on(chatml):
@@ -353,6 +373,17 @@ def test_template_that_changes_the_prompt_is_refused(tmp_path):
            "rejected": question("", "b")[1:]}
     with pytest.raises(ValueError, match="changes the prompt"):
         dpo.read_pair(row, dpo.Tokenizer(folder, {}), 500)
+
+
+def test_template_that_changes_the_prompt_of_one_answer_is_refused(tmp_path):
+    folder = make_folder(tmp_path, "chatml")
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[-1].content == 'a' %}short: {% endif %}"
+        "{% for message in messages %}{{ message.content }}<|im_end|>{% endfor %}")
+    for chosen, rejected in ("ab", "ba"):
+        row = {"prompt": question("Hi"), "chosen": chosen, "rejected": rejected}
+        with pytest.raises(ValueError, match="changes the prompt"):
+            dpo.read_pair(row, dpo.Tokenizer(folder, {}), 500)
 
 
 def test_long_pairs_are_cut_or_dropped(chatml):
@@ -468,7 +499,8 @@ def test_only_the_default_reward_needs_answers(chatml, tmp_path):
 
 @pytest.mark.parametrize("answer, words", [
     ("", "0 tokens"), ("####  ", "0 tokens"), ("x" * 21, "21 tokens; 1 to 20"), (None, "must be"),
-    ([1], "must be"), ("so long an explanation that it does not fit\n#### 5", None), (5, None)])
+    ([1], "must be"), ("so long an explanation that it does not fit\n#### 5", None), (5, None),
+    (2.5, None)])
 def test_answers_that_no_completion_can_give_are_bad(answer, words, chatml):
     if words is None:
         return grpo.check_answer(answer, chatml, 20)
@@ -518,6 +550,9 @@ REWARDS = [
     (r"\boxed{x - 5}", "5", 0), (r"\boxed{5 - x}", "5", 0), (r"\boxed{5i}", "5", 0),
     (r"\boxed{\frac{5}{x}}", "5", 0), (r"\boxed{x \neq 5}", "5", 0), (r"\boxed{x > 5}", "5", 0),
     (r"\boxed{\sqrt{2}}", r"\sqrt{2}", 1), (r"\boxed{x = -5}", "-5", 1), ("#### 5 a day", "5", 1),
+    (r"\boxed{x < 5}", "5", 0), (r"\boxed{50\%}", "50", 1), (r"\boxed{\$5}", "5", 1),
+    (r"\boxed{\dfrac{1}{2}}", ".5", 1), (r"\boxed{\tfrac{1}{2}}", ".5", 1),
+    ("1,000.50", "1000.5", 1), ("#### 3\nno\n#### 5", "5", 1), ("#### 3\nno\n#### 5", "3", 0),
     ("#### 18cm", "18", 1), ("#### 5 m", "5", 1), ("#### The answer is 18.", "18", 1),
     # as mathematicians and others write
     (r"\boxed{90^\circ}", "90", 1), (r"90^{\circ}", r"90^\circ", 1), (r"\boxed{\text{A}}", "A", 1),
@@ -579,6 +614,7 @@ def test_every_pair_is_used_once_in_an_epoch():
     assert epochs[0] != epochs[1] != epochs[2]
     other = dpo.default_args(batch_size=4, seed=4)
     assert dpo.batch_indices(0, 23, args) != dpo.batch_indices(0, 23, other)
+    assert dpo.batch_indices(5, 23, args) != dpo.batch_indices(0, 23, other)
 
 
 def test_learning_rate_rises_and_falls():

@@ -412,3 +412,31 @@ def test_three_steps_of_a_small_real_model(smollm2, tmp_path):
     out = peer.generate(tokens, max_new_tokens=8, do_sample=False)[0, tokens.shape[1] :].tolist()
     rows = grpo.sample(model, tokens.tolist(), 1, 8, 0.0, text.stop_ids)
     assert rows[0].tokens == out
+
+
+def test_parts_of_bf16_training_that_stay_in_float32(script, monkeypatch):
+    """With several processes: the sum of gradients, inputs of blocks. In any case: residuals."""
+    policies = []
+
+    def shard(module, mesh, mp_policy):
+        policies.append(mp_policy)
+        module.set_gradient_divide_factor = module.set_force_sum_reduction_for_comms = print
+
+    model = script.Decoder(script.read_config(script.tiny_config(11), "tiny"))
+    weights = model.state_dict()
+    monkeypatch.setattr(script.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(script.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(script, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(script, "fully_shard", shard)
+    for bf16, dtype in ((True, torch.bfloat16), (False, None)):
+        args = script.default_args(bf16=bf16, device="cpu")
+        model = script.make_model(model.config, weights, CPU, args)
+        expected = script.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        assert policies == [expected] * 3
+        policies.clear()
+    residuals = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, x: residuals.append(x[0].dtype))
+    model.model.embed_tokens.bfloat16()  # as FSDP does
+    model.bf16 = True
+    model(torch.tensor([[1, 2]]))
+    assert residuals == [torch.float32]

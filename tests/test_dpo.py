@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import dpo
+import grpo
 
 CPU = torch.device("cpu")
 TEXT = dpo.Characters()
@@ -252,6 +253,14 @@ def test_dpo_on_a_table_reaches_the_closed_form():
     torch.testing.assert_close(theta.detach().log_softmax(-1), best, atol=1e-4, rtol=1e-4)
     expected = ref.exp() * (reward / beta).exp()
     torch.testing.assert_close(best.exp(), expected / expected.sum())
+
+
+@pytest.mark.parametrize("smoothing, loss", [(0.0, 1000.0), (0.25, 750.0)])
+def test_loss_of_large_differences_is_finite(smoothing, loss):
+    logprob = torch.tensor([[-500.0, 500.0]], requires_grad=True)
+    ours = dpo.preference_loss(logprob, torch.zeros(1, 2), 1.0, "sigmoid", smoothing)
+    ours.sum().backward()
+    assert ours.item() == loss and logprob.grad.isfinite().all()
 
 
 def test_best_policy_of_each_row():
@@ -591,6 +600,19 @@ def test_held_out_sums_are_in_nothing_that_is_learned_from(tmp_path, monkeypatch
     assert len(lines) == 1000 and set(json.loads(lines[0])) == {"prompt", "chosen", "rejected"}
 
 
+def test_pretraining_is_that_of_the_other_script(monkeypatch):
+    """grpo.py has the tests of what it teaches and of its step sizes."""
+    weights = []
+    for script in (grpo, dpo):
+        monkeypatch.setattr(script, "tiny_config", small_config)
+        torch.manual_seed(1)
+        args = script.default_args(pretrain_steps=32, device="cpu")
+        weights.append(script.pretrain(args, CPU)[1])
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name])
+
+
 def test_few_pairs_keep_held_out_sums_apart(tmp_path):
     args, model = flags(train_pairs=60, eval_pairs=40), make_tiny()
     pairs, heldout = dpo.load_pairs(args, TEXT, model, tmp_path)
@@ -787,6 +809,14 @@ def test_defaults_depend_on_model_and_lora(monkeypatch):
     assert lora == dpo.Args(**changed | {"lora_rank": 8, "learning_rate": 1e-4, "beta": 0.2})
     assert dpo.default_args("folder", 8, beta=0.2) == lora
     assert parse(monkeypatch, "--lora-rank", 8) == dpo.Args(lora_rank=8)
+
+
+def test_defaults_are_those_of_the_device(monkeypatch):
+    """On a machine with a GPU, --device cpu has the defaults of a CPU."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    for device, bf16, rows in (("cpu", False, 2), ("cuda", True, 8)):
+        args = parse(monkeypatch, "--model", "x", "--device", device)
+        assert (args.bf16, args.micro_batch_size) == (bf16, rows)
 
 
 def test_help_shows_the_defaults_of_the_model(capsys):
@@ -1008,6 +1038,12 @@ def test_a_resumed_run_with_other_tokens_is_refused(llama, tmp_path, capsys, mon
     other = write_rows(tmp_path, *rows)
     message, _, _ = call(capsys, "--resume", tmp_path, "--data", other)
     assert "the pairs have other tokens now" in message
+    render = dpo.Tokenizer.render
+    with monkeypatch.context() as patch:  # a template that adds today's date to the prompt
+        patch.setattr(dpo.Tokenizer, "render", lambda *args, **kwargs: (
+            "w9 " + render(*args, **kwargs)))
+        message, _, _ = call(capsys, "--resume", tmp_path)
+    assert "the pairs have other tokens now" in message
     assert call(capsys, "--resume", tmp_path)[0] == 0
 
 
@@ -1076,8 +1112,51 @@ def test_ctrl_c_during_the_exchange_is_not_lost(monkeypatch):
     log = dpo.Logger.__new__(dpo.Logger)
     log.interrupted = False
     monkeypatch.setattr(dpo, "all_gather", lambda sent: setattr(log, "interrupted", True) or sent)
-    log.stopped()
+    assert not log.stopped()  # the other processes do not know of it yet
     assert log.interrupted
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_after_an_error_in_one_of_several_processes_nothing_is_saved(processes, monkeypatch):
+    """Saving would wait for the others, which are in a batch."""
+    log, saves = dpo.Logger.__new__(dpo.Logger), []
+    monkeypatch.setattr(dpo.dist, "is_initialized", lambda: processes > 1)
+    monkeypatch.setattr(dpo.dist, "get_rank", lambda: 1)
+    vars(log).update(args=flags(), interrupted=False, bar=SimpleNamespace(close=int), step=1,
+                     score=0.0, seconds=1.0, dir="x", save=lambda: saves.append(1),
+                     old_handler=signal.getsignal(signal.SIGINT))
+    log.__exit__(ValueError, ValueError(), None)
+    assert len(saves) == (processes == 1)
+
+
+@pytest.mark.parametrize("waited, saved", [((0.0, 1e9), 0), ((1e9, 0.0), 1)])
+def test_checkpoints_go_by_the_clock_of_the_first_process(waited, saved, monkeypatch):
+    log, saves = dpo.Logger.__new__(dpo.Logger), []
+    monkeypatch.setattr(dpo, "get_rank", lambda: 1)
+    monkeypatch.setattr(dpo, "all_gather", lambda _: torch.tensor(waited))
+    bar = SimpleNamespace(set_postfix=lambda **_: None, update=lambda: None)
+    vars(log).update(args=flags(), bar=bar, start=0.0, saved_at=0.0, score=0.0,
+                     save=lambda: saves.append(1))
+    log.write()
+    assert len(saves) == saved
+
+
+def test_tracking(llama, tmp_path, capsys, monkeypatch):
+    """The rows go to wandb; a resumed run goes on under its id, and the seconds go on, too."""
+    rows, runs = [], []
+    fake = SimpleNamespace(init=lambda **settings: (runs.append(settings), SimpleNamespace(
+        id=settings["id"] or "new", log=lambda row, step: rows.append(row)))[1])
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with monkeypatch.context() as patch:
+        press_ctrl_c(patch, at=2)
+        assert call(capsys, *llama, "--track", "--run-dir", tmp_path)[0] == 130
+    assert call(capsys, "--resume", tmp_path)[0] == 0
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert {"score", "seconds", "loss", "heldout_accuracy"} <= rows[0].keys()
+    assert [(r["id"], r["resume"], r["project"]) for r in runs] == [
+        (id_, "allow", "policy-gradients") for id_ in (None, "new")]
+    seconds = [float(row["seconds"]) for row in read_metrics(tmp_path, ())]
+    assert seconds == sorted(seconds)
 
 
 def test_a_resumed_run_takes_new_flags_but_not_other_batches(llama, tmp_path, capsys, monkeypatch):
@@ -1085,10 +1164,11 @@ def test_a_resumed_run_takes_new_flags_but_not_other_batches(llama, tmp_path, ca
         press_ctrl_c(patch, at=2)
         assert call(capsys, *llama, "--beta", 0.7, "--run-dir", tmp_path)[0] == 130
     for flag in ("--max-steps", "--eval-pairs", "--batch-size", "--num-epochs", "--max-length",
-                 "--seed"):
+                 "--seed", "--lora-rank", "--model"):
         message, _, _ = call(capsys, "--resume", tmp_path, flag, 4)
         assert "cannot change" in message and flag[2:].replace("-", "_") in message
     assert "cannot change" in call(capsys, "--resume", tmp_path, "--bf16")[0]
+    assert "cannot change" in call(capsys, "--resume", tmp_path, "--reference-free")[0]
     assert call(capsys, "--resume", tmp_path, "--learning-rate", 1e-4)[0] == 0
     saved = read_checkpoint(tmp_path)
     assert saved["progress"]["step"] == len(read_metrics(tmp_path)) == 10

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import FakeLogger
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 
@@ -142,6 +143,23 @@ def test_pixels_are_scaled_to_one():
     torch.testing.assert_close(agent(image)[1], expected)
 
 
+def test_the_network_for_images_by_hand():
+    agent = make_agent((4, 84, 84))
+    image = torch.randint(256, (5, 4, 84, 84), dtype=torch.uint8)
+    weights = [param for name, param in agent.named_parameters() if name.startswith("cnn")]
+    x = image / 255
+    for stride, weight, bias in zip((4, 2, 1), weights[0:6:2], weights[1:6:2]):
+        x = F.relu(F.conv2d(x, weight, bias, stride))
+    x = F.relu(F.linear(x.flatten(1), *weights[6:]))
+    pi, value = agent(image)
+    torch.testing.assert_close(value, F.linear(x, agent.critic.weight, agent.critic.bias)[:, 0])
+    logits = F.linear(x, agent.actor.weight, agent.actor.bias)
+    torch.testing.assert_close(pi.parts[0].probs, logits.softmax(-1))
+    for output in (value, logits):  # both train the layers that they share
+        grads = torch.autograd.grad(output.sum(), weights, retain_graph=True)
+        assert all(grad.abs().max() > 0 for grad in grads)
+
+
 # The update
 
 
@@ -231,6 +249,18 @@ def test_target_kl_stops_an_update_before_the_step():
     assert len(taken) == 1, "the first step has KL 0, the second must not be taken"
     run_update(agent, optimizer, batch, update_epochs=50)
     assert len(taken) == 51
+
+
+@pytest.mark.parametrize("times, steps", [(1.6, 0), (1.4, 1)])
+def test_an_update_stops_beyond_one_and_a_half_times_the_target(times, steps):
+    agent, optimizer, batch = make_batch(4)
+    log_ratio = torch.tensor([0.0, 0.1, 0.5, -0.5])
+    kl = (log_ratio.exp() - 1 - log_ratio).mean().item()
+    taken, step = [], optimizer.step
+    optimizer.step = lambda: (taken.append(1), step())
+    run_update(agent, optimizer, batch | {"logprob": batch["logprob"] - log_ratio},
+               target_kl=kl / times)
+    assert len(taken) == steps
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step():

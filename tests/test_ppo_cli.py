@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, FakeLogger
 
 import ppo
 
@@ -129,6 +129,8 @@ def test_a_missing_import_in_the_users_module_keeps_its_traceback(tmp_path, monk
         call("--env-id", "my_module:My-v0", "--run-dir", tmp_path / "run")
     assert "no_such_module" in refused("--env-id", "no_such_module:My-v0")
     assert "no_such_package" in refused("--env-id", "no_such_package.envs:My-v0")
+    monkeypatch.setitem(sys.modules, "ale_py", None)  # not installed
+    assert "ale_py" in refused("--env-id", "ALE/Pong-v5")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -140,6 +142,37 @@ def test_batches_that_are_too_small():
     assert "--num-minibatches" in refused("--num-envs", 1, "--num-steps", 16,
                                           "--num-minibatches", 9)
     assert "too small" in refused("--num-steps", 1)
+
+
+def test_the_batch_of_each_process_must_have_rows_for_its_minibatches(monkeypatch):
+    monkeypatch.setattr(ppo.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(ppo.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(ppo.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(ppo.dist, "get_world_size", lambda: 4)
+    args = ppo.Args(num_envs=8, num_steps=4, num_minibatches=4)
+    assert ppo.setup(args)[:2] == (0, 4)
+    with pytest.raises(SystemExit, match="--num-minibatches 5: the batch is too small"):
+        ppo.setup(ppo.Args(num_envs=8, num_steps=4, num_minibatches=5))
+
+
+def test_processes_of_all_seeds_play_their_own_episodes(monkeypatch):
+    class Enough(Exception):
+        pass
+
+    def stop(envs, seed=None):
+        raise Enough(seed)
+
+    monkeypatch.setattr(ppo.nn.parallel, "DistributedDataParallel", lambda agent: agent)
+    monkeypatch.setattr(ppo.Envs, "reset", stop)
+    seeds = []
+    for seed in (1, 2, 3):
+        for rank in (0, 1):
+            monkeypatch.setattr(ppo, "setup", lambda _: (rank, 2, torch.device("cpu")))  # noqa: B023
+            monkeypatch.setattr(ppo, "Logger", FakeLogger())
+            with pytest.raises(Enough) as raised:
+                ppo.train(ppo.Args(seed=seed))
+            seeds += raised.value.args
+    assert len(set(seeds)) == 6
 
 
 def test_a_run_is_not_overwritten(tmp_path):
@@ -194,11 +227,14 @@ def test_the_score_is_the_mean_of_the_last_hundred_returns(tmp_path):
     assert log.score == 70 and not log.reached(60.0), "fewer than 100 episodes"
     log.write(10, [70.0])
     assert log.reached(60.0) and not log.reached(71.0) and not log.reached(None)
+    assert log.reached(70.0)
     log.write(10, list(map(float, range(150))), loss=torch.tensor(2.5))
     assert log.score == sum(range(50, 150)) / 100
+    log.write(10, [0.0] * 60 + [100.0] * 40)
+    assert log.score == 40
     table = rows(tmp_path)
     assert [row["score"] for row in table[:3]] == ["nan", "70.0", "70.0"]
-    assert [row["step"] for row in table] == ["10", "20", "30", "40"]
+    assert [row["step"] for row in table] == ["10", "20", "30", "40", "50"]
 
 
 def test_stop_at_ends_the_run(tmp_path):
@@ -248,11 +284,12 @@ def test_a_folder_of_another_script_is_refused(tmp_path):
 
 
 def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path, monkeypatch):
-    runs = []
+    runs, steps = [], []
 
     def init(**settings):
         runs.append(settings)
-        return SimpleNamespace(id=settings["id"] or f"new{len(runs)}", log=lambda *_, **__: None)
+        return SimpleNamespace(id=settings["id"] or f"new{len(runs)}",
+                               log=lambda row, step: steps.append((row["step"], step)))
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     for folder in ("a/run", "b/run"):
@@ -260,6 +297,7 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path, monkeypatch):
         call("--resume", tmp_path / folder, "--total-timesteps", 4_096)
     assert [settings["id"] for settings in runs] == [None, "new1", None, "new3"]
     assert all(settings["resume"] == "allow" for settings in runs)
+    assert steps == [(2_048, 2_048), (4_096, 4_096)] * 2
 
 
 @pytest.mark.slow
@@ -320,6 +358,45 @@ def test_a_resumed_run_goes_on(tmp_path):
     assert steps == sorted(set(steps)) and steps[-1] == 8_192
     seconds = [float(row["seconds"]) for row in rows(tmp_path)]
     assert seconds == sorted(seconds)
+
+
+def test_a_resumed_run_plays_other_episodes(tmp_path, monkeypatch):
+    seeds, reset = [], ppo.Envs.reset
+    monkeypatch.setattr(ppo.Envs, "reset", lambda self, seed=None: (
+        seeds.append(seed), reset(self, seed))[1])
+    ppo.train(ppo.Args(run_dir=str(tmp_path), num_envs=16, total_timesteps=1_024))
+    call("--resume", tmp_path, "--total-timesteps", 2_048)
+    first, second = filter(None, seeds)
+    assert first != second
+
+
+def test_a_copied_folder_is_continued_in_its_place(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    ppo.train(ppo.Args(run_dir=str(one), num_envs=16, total_timesteps=1_024))
+    shutil.copytree(one, two)
+    call("--resume", two, "--total-timesteps", 2_048)
+    assert (len(rows(one)), len(rows(two))) == (2, 4)
+
+
+def test_the_returns_of_the_last_episodes_are_saved(tmp_path, monkeypatch):
+    log = ppo.Logger(ppo.Args(run_dir=str(tmp_path)), {})
+    log.write(10, list(map(float, range(150))))
+    log.save()
+    again = ppo.Logger(ppo.Args(resume=str(tmp_path)), {})
+    again.write(10, [100.5])
+    assert again.score == (sum(range(51, 150)) + 100.5) / 100
+
+
+def test_the_last_batch_may_go_beyond_the_steps(tmp_path):
+    ppo.train(ppo.Args(run_dir=str(tmp_path), total_timesteps=3_000))
+    assert [row["step"] for row in rows(tmp_path)] == ["2048", "4096"]
+
+
+def test_eval_only_has_the_flags_of_the_run(tmp_path, monkeypatch):
+    ppo.train(ppo.Args(env_id="Acrobot-v1", run_dir=str(tmp_path), total_timesteps=1_024, seed=3))
+    monkeypatch.setattr(sys, "argv", ["ppo.py", "--eval-only", str(tmp_path)])
+    args = ppo.parse_args()
+    assert (args.env_id, args.seed, args.total_timesteps) == ("Acrobot-v1", 3, 1_024)
 
 
 def test_rows_after_the_checkpoint_are_dropped(tmp_path):

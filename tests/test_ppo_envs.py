@@ -83,6 +83,27 @@ def test_unbounded_box_actions_are_not_scaled():
     assert seen[0].tolist() == [[-5.0, 0.25]]
 
 
+def test_each_component_of_an_action_has_its_own_bounds():
+    """[-1, 1] and [0, 4]; with one infinite or far bound there is no scaling."""
+    envs = make("scripted:Does-sides-v0", 2)
+    envs.reset(0)
+    seen = sent_actions(envs)
+    envs.step(torch.tensor([[-1.0, -1.0, -5.0, 0.25], [1.0, 1.0, 5.0, 0.5]]))
+    np.testing.assert_allclose(seen[0], [[-1, 0, -5, 0.25], [1, 4, 1, 0.5]])
+
+
+def test_what_the_environments_return_is_copied():
+    """Some vector environments write into the same arrays again."""
+    envs = make("scripted:Scripted-v0", 2)
+    envs.reset(0)
+    arrays = [np.zeros((2, 2), np.float32), np.zeros(2), np.zeros(2, bool), np.zeros(2, bool)]
+    envs.env.step = lambda action: (*arrays, {})
+    returned = envs.step(torch.zeros(2, 1))
+    for array in arrays:
+        array[:] = 1
+    assert not any(tensor.any() for tensor in returned)
+
+
 def test_rollout_has_the_sampled_action_before_clipping():
     """A clipped action would have another log π."""
     envs = make("scripted:Does-box-v0")
@@ -100,7 +121,7 @@ def test_integer_box_actions_are_refused_with_a_hint():
         make("scripted:Does-whole-v0")
 
 
-IMAGES = ("first", "stack", "gray", "last", "picture")
+IMAGES = ("first", "stack", "gray", "last", "picture", "deep")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -113,7 +134,7 @@ def test_observations_are_vectors_or_images(name):
         raw, _ = alone.reset(seed=4 + n)
         if name in ("first", "gray"):
             expected = raw.reshape(-1, 40, 36)
-        elif name in ("last", "picture"):  # (H, W, C) to (C, H, W)
+        elif name in ("last", "picture", "deep"):  # (H, W, C) to (C, H, W)
             expected = (raw["image"] if name == "picture" else raw).transpose(2, 0, 1)
         elif name == "stack":  # (S, H, W, C) to (S·C, H, W)
             expected = np.moveaxis(raw, -1, 1).reshape(12, 40, 36)
@@ -152,10 +173,10 @@ def test_other_spaces_are_refused():
             make(f"toys:{name}-v0")
 
 
-def test_another_autoreset_mode_is_refused(monkeypatch):
-    mode = gym.vector.AutoresetMode.SAME_STEP
-    envs = gym.make_vec("CartPole-v1", 2, vectorization_mode="sync",
-                        vector_kwargs={"autoreset_mode": mode})
+@pytest.mark.parametrize("mode", ["SAME_STEP", "DISABLED", None])
+def test_another_autoreset_mode_is_refused(mode, monkeypatch):
+    envs = gym.make_vec("CartPole-v1", 2, vectorization_mode="sync")
+    envs.metadata = {"autoreset_mode": mode and gym.vector.AutoresetMode[mode]}
     monkeypatch.setattr(gym, "make_vec", lambda *args, **kwargs: envs)
     with pytest.raises(SystemExit, match="NEXT_STEP"):
         make("CartPole-v1")
@@ -177,6 +198,9 @@ def test_async_environments_have_their_own_processes():
     assert isinstance(envs.unwrapped, gym.vector.AsyncVectorEnv)
     envs.close()
     assert isinstance(make("scripted:Does-table-v0").unwrapped, gym.vector.SyncVectorEnv)
+    envs = make("CartPole-v1", async_envs=True)  # which has a native vector environment
+    assert isinstance(envs.unwrapped, gym.vector.AsyncVectorEnv)
+    envs.close()
 
 
 # Presets
@@ -186,7 +210,7 @@ def test_async_environments_have_their_own_processes():
     "env, preset",
     [("CartPole-v1", None), ("scripted:Does-multi-v0", None),
      ("Pendulum-v1", "continuous"), ("scripted:Does-table-v0", "continuous"),
-     ("scripted:Sees-last-v0", "image")],
+     ("scripted:Sees-last-v0", "image"), ("scripted:Drives-v0", "image")],
 )
 def test_presets_by_the_spaces(env, preset):
     args = ppo.default_args(env)
@@ -269,6 +293,19 @@ def test_steps_that_only_reset_change_nothing(monkeypatch):
     assert torch.equal(*weights)
 
 
+def test_advantages_are_normalized_with_the_moments_of_all_processes(monkeypatch):
+    moments = ppo.moments
+
+    def of_all(rows):
+        count, mean, var = moments(rows)
+        return 2 * count, mean + 1, 4 * var
+
+    monkeypatch.setattr(ppo, "moments", of_all)
+    _, batch, _ = batch_of("scripted:Scripted-v0", 60, monkeypatch)
+    assert batch["advantage"].std(correction=0).item() == pytest.approx(0.5, rel=1e-4)
+    assert batch["advantage"].mean() < -0.1
+
+
 def test_an_episode_that_ends_with_the_batch():
     """The step that only resets is the first one of the next batch."""
     envs = make("scripted:Scripted-v0", 1)
@@ -299,13 +336,22 @@ def test_running_moments_equal_numpy_on_all_rows():
     x = torch.tensor(rows, dtype=torch.float32)
     np.testing.assert_allclose(moments.scale(x / 100), rows / 100 / rows.std(0), rtol=1e-3)
     assert moments.scale(x * 1e6).abs().max() == 10
+    far = torch.tensor(rng.normal(3_000, 1, (500, 1)), dtype=torch.float32)
+    moments = ppo.RunningMoments((1,))
+    moments.update(far)
+    np.testing.assert_allclose(moments.var, far.double().var(0, correction=0), rtol=1e-3)
 
 
-def test_sums_for_the_reward_scale_start_at_each_episode(monkeypatch):
-    """Rewards are scaled by the deviation of discounted sums, which restart at time limits too."""
-    log = FakeLogger()
+@pytest.mark.parametrize("num_steps, updates", [(60, 1), (10, 6)])
+def test_sums_for_the_reward_scale_start_at_each_episode(num_steps, updates, monkeypatch):
+    """Rewards are scaled by the deviation of discounted sums, which restart at time limits too.
+
+    Within an episode they go on from one batch to the next.
+    """
+    log = FakeLogger(updates)
     monkeypatch.setattr(ppo, "Logger", log)
-    ppo.train(ppo.Args(env_id="scripted:Scripted-v0", num_envs=1, num_steps=60, num_minibatches=1,
+    ppo.train(ppo.Args(env_id="scripted:Scripted-v0", num_envs=1, num_steps=num_steps,
+                       num_minibatches=1,
                        total_timesteps=10_000, gamma=0.9, norm_obs=False))
     sums, count = [], 0
     for episode in itertools.count():
@@ -346,6 +392,10 @@ def test_gae_gets_scaled_rewards_and_the_agent_normalized_observations(monkeypat
         ppo.train(ppo.Args(env_id="scripted:Scripted-v0", num_envs=1, num_steps=60,
                            num_minibatches=1, total_timesteps=10_000))
     assert len(caught) == 3 and 30 < caught[0] < caught[1] < caught[2]
+    # The first batch begins with new episodes.
+    first = played[1][2]
+    assert first["valid"][0].all() and any(
+        np.allclose(first["obs"][0, 0], observed(episode, 0)) for episode in range(40))
 
 
 def test_the_log_has_raw_returns(monkeypatch):
@@ -354,10 +404,11 @@ def test_the_log_has_raw_returns(monkeypatch):
     assert returns[0] == pytest.approx(sum(rewarded(0, t) for t in range(3)), abs=1e-5)
 
 
-def test_clipped_rewards_are_signs(monkeypatch):
+@pytest.mark.parametrize("norm_reward", [False, True])
+def test_clipped_rewards_are_signs(norm_reward, monkeypatch):
     caught, gae = [], ppo.gae
     monkeypatch.setattr(ppo, "gae", lambda *args: (caught.append(args[0]), gae(*args))[1])
-    batch_of("scripted:Scripted-v0", 60, monkeypatch, clip_reward=True)
+    batch_of("scripted:Scripted-v0", 60, monkeypatch, clip_reward=True, norm_reward=norm_reward)
     assert set(caught[0].unique().tolist()) == {-1.0, 0.0, 1.0}
 
 
@@ -388,6 +439,17 @@ def test_evaluation_plays_the_saved_agent(tmp_path, capsys, monkeypatch):
     assert f"mean return {(first + second) / 2:.1f} in 6 episodes" in capsys.readouterr().out
     assert len(seen) == 4 and all(mean.eq(3.0).all() for _, mean in seen)
     assert all(action.eq(1).all() for action in actions)
+
+
+def test_evaluation_can_be_repeated_and_goes_on_with_new_episodes(tmp_path, monkeypatch):
+    seeds, reset = [], ppo.Envs.reset
+    monkeypatch.setattr(ppo.Envs, "reset", lambda self, seed=None: (
+        seeds.append(seed), reset(self, seed))[1])
+    agent = agent_for(make("scripted:Scripted-v0", 1))
+    args = ppo.Args(env_id="scripted:Scripted-v0", num_envs=3, eval_episodes=4, norm_obs=False,
+                    seed=7)
+    ppo.evaluate(args, saved_agent(tmp_path, agent))
+    assert len(seeds) == 3 and seeds[0] > 10**6 and seeds[1:] == [None, None]
 
 
 def test_evaluation_counts_first_episodes_only(tmp_path, capsys, monkeypatch):
@@ -429,7 +491,7 @@ def test_video_of_an_episode(tmp_path, monkeypatch):
     pytest.importorskip("pygame")
     made, make_envs = [], ppo.make_envs
     monkeypatch.setattr(ppo, "make_envs", lambda *args: (made.append(args), make_envs(*args))[1])
-    ppo.train(ppo.Args(total_timesteps=4_096, run_dir=str(tmp_path), video=True, eval_episodes=2))
+    ppo.train(ppo.Args(total_timesteps=4_096, run_dir=str(tmp_path), video=True))
     (video,) = (tmp_path / "video").glob("*.mp4")
     assert video.stat().st_size > 1_000
     _, (_, num_envs, folder) = made
@@ -494,6 +556,15 @@ def test_atari_native_and_wrapped(async_envs):
     envs.close()
     assert torch.stack(rewards).max() >= 5, "an invader is worth 5 points or more"
     assert 1 <= torch.stack(lost).sum() <= 8
+
+
+def test_wrapped_atari_games_have_random_starts():
+    pytest.importorskip("ale_py")
+    pytest.importorskip("cv2")
+    env = ppo.make_envs(ppo.Args(env_id="ALE/Pong-v5"), 1, "nowhere").envs[0]
+    (preprocessing,) = (each for each in wrappers(env)
+                        if isinstance(each, gym.wrappers.AtariPreprocessing))
+    assert preprocessing.noop_max == 30
 
 
 def test_atari_clips_rewards_by_default():

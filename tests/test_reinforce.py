@@ -166,17 +166,44 @@ def test_baseline_learns_from_raw_returns(double, monkeypatch):
     torch.testing.assert_close(value.net[-1].weight.grad, gradient)
 
 
-def test_the_policy_learns_from_the_return_minus_the_baseline(double, monkeypatch):
-    """Computed by hand, because the mean gradient does not depend on the baseline's sign."""
-    script = importlib.import_module("reinforce_baseline")
-    policy, seen = train_on_all_trajectories(script, monkeypatch, gamma=0.8)
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("exact_discount", [True, False])
+def test_what_the_policy_learns_from_by_hand(name, exact_discount, double, monkeypatch):
+    """The return, minus the baseline if there is one.
+
+    The mean gradient does not depend on the baseline's sign, or on a constant. What is logged is
+    without padding, and the returns are without γ.
+    """
+    script = importlib.import_module(name)
+    policy, seen = train_on_all_trajectories(script, monkeypatch, gamma=0.8,
+                                             exact_discount=exact_discount)
     batch = script.play_episodes(seen["envs"], policy, 100, "cpu")
     for n in range(0, seen["envs"].num_envs, 17):
         length = int(batch["mask"][:, n].sum())
         for t in range(length):
-            total = sum(0.8 ** (k - t) * batch["reward"][k, n] for k in range(t, length))
-            expected = 0.8**t * (total - seen["value"](batch["obs"][t, n]))
+            expected = sum(0.8 ** (k - t) * batch["reward"][k, n] for k in range(t, length))
+            if "value" in seen:
+                expected = expected - seen["value"](batch["obs"][t, n])
+            if exact_discount:
+                expected = 0.8**t * expected
             torch.testing.assert_close(seen["weight"][t, n], expected)
+    _, returns, metrics = seen["logger"].rows[0]
+    torch.testing.assert_close(returns, batch["reward"].sum(0))
+    entropy = policy(batch["obs"]).entropy()[batch["mask"]].mean()
+    torch.testing.assert_close(metrics["entropy"], entropy)
+    gradient = torch.cat([param.grad.flatten() for param in policy.parameters()])
+    torch.testing.assert_close(metrics["grad_norm"], gradient.norm())
+
+
+def test_the_baseline_has_its_own_learning_rate(monkeypatch):
+    import reinforce_baseline as script
+
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: rates.append(
+        [group["lr"] for group in adam.param_groups]) or step(adam))
+    monkeypatch.setattr(script, "Logger", FakeLogger())
+    script.train(script.Args(num_envs=2, learning_rate=0.1, value_learning_rate=0.2))
+    assert rates == [[0.1, 0.2]]
 
 
 def test_variance_falls_with_the_baseline(double, monkeypatch):

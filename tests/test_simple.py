@@ -122,6 +122,7 @@ def test_score_is_the_mean_of_the_last_hundred_returns(simple, tmp_path):
     assert log.score == 70 and not log.reached(60), "99 episodes are too few"
     log.write(10, torch.tensor([70.0]))
     assert log.reached(70) and not log.reached(70.1) and not log.reached(None)
+    assert log.reached(0)
     log.write(10, torch.arange(150.0))
     assert log.score == sum(range(50, 150)) / 100
     assert [(row["step"], float(row["score"])) for row in rows(tmp_path)[1:]] == [
@@ -234,6 +235,31 @@ def test_an_evaluation_plays_in_batches_of_num_envs(simple, capsys, monkeypatch)
     assert made == [3] and "mean return 2.0 in 9 episodes" in capsys.readouterr().out
 
 
+def test_each_batch_of_an_evaluation_has_new_episodes(simple, monkeypatch):
+    seeds = []
+
+    class Seen(Counter):
+        def reset(self, *, seed=None, options=None):
+            seeds.append(seed)
+            return super().reset(seed=seed)
+
+    monkeypatch.setattr(simple, "make_envs", lambda env_id, num_envs, seed: Seen(num_envs))
+    evaluate(simple, simple.Args(num_envs=3, eval_episodes=7))
+    assert seeds == [None] * 3
+
+
+def test_an_evaluation_prints_the_mean(simple, capsys, monkeypatch):
+    """Of 1, 3 and 6: no other average."""
+    class Growing(Counter):
+        def step(self, actions):
+            obs, reward, *rest = super().step(actions)
+            return obs, reward * self.steps, *rest
+
+    monkeypatch.setattr(simple, "make_envs", lambda env_id, num_envs, seed: Growing(num_envs))
+    evaluate(simple, simple.Args(num_envs=3, eval_episodes=3))
+    assert "mean return 3.3 in 3 episodes" in capsys.readouterr().out
+
+
 def test_evaluation_takes_the_most_likely_action(simple, capsys, monkeypatch):
     """Only the more likely action, 1, has a reward. Samples would often be 0."""
 
@@ -311,9 +337,10 @@ def test_cutting_episodes_warns_once(tmp_path):
 
 
 def test_evaluation_cuts_episodes_that_never_end(simple, capsys, monkeypatch):
-    for limit, env in ((40, "NoLimit-v0"), (10_000, "NoLimit-v0"), (30, "Limit30-v0")):
+    for limit, env in ((40, "NoLimit-v0"), (10_000, "NoLimit-v0"), (30, "Limit30-v0"),
+                       (20, "Limit30-v0")):
         args = simple.Args(env_id=env, num_envs=2, eval_episodes=2,
-                           max_episode_steps=40 if limit == 40 else 0)
+                           max_episode_steps=limit if limit in (20, 40) else 0)
         policy = simple.Policy(Endless.observation_space, Endless.action_space)
         monkeypatch.setattr(simple.Policy, "forward",
                             lambda policy, obs: types.SimpleNamespace(mode=obs[:, 0].long()))
