@@ -62,8 +62,8 @@ last 100 training episodes. Below: its interquartile mean (the lowest seed), sec
     LunarLander-v3, 1,001,472 steps: 269 (250), 51 s
     Pendulum-v1, 301,056 steps: -150 (-183), 52 s
     HalfCheetah-v5, 1,001,472 steps: 5,848 (4,032), 208 s
-    Hopper-v5, 1,001,472 steps: 2,377 (1,420), 322 s
-    Walker2d-v5, 1,001,472 steps: 3,720 (1,755), 331 s
+    Hopper-v5, 1,001,472 steps: 2,377 (1,420), 234 s
+    Walker2d-v5, 1,001,472 steps: 3,720 (1,755), 258 s
 """
 
 import copy

@@ -293,8 +293,10 @@ def with_results(name, source):
         lines = "\n".join(expected_of_language(name))
     else:
         lines = "\n".join(expected_of_ppo() if name == "ppo" else expected(name))
-    pattern = r'(\nResults, (?:ten|five) seeds[^"]*?:\n)(?: {4}[^"]*)?"""'
-    return re.sub(pattern, rf'\g<1>{lines}\n"""', source, count=1)
+    pattern = r'(\nResults(?:,| of) (?:ten|five) seeds[^"]*?:\n)(?: {4}[^"]*)?"""'
+    text, found = re.subn(pattern, rf'\g<1>{lines}\n"""', source, count=1)
+    assert found, f"{name}.py: no heading of the results in its docstring"
+    return text
 
 
 def main():
