@@ -486,12 +486,14 @@ def wrappers(env):
         env = env.env
 
 
-def test_video_of_an_episode(tmp_path, monkeypatch):
+@pytest.mark.parametrize("episodes", [0, 2])
+def test_video_of_an_episode(episodes, tmp_path, monkeypatch):
     pytest.importorskip("moviepy")
     pytest.importorskip("pygame")
     made, make_envs = [], ppo.make_envs
     monkeypatch.setattr(ppo, "make_envs", lambda *args: (made.append(args), make_envs(*args))[1])
-    ppo.train(ppo.Args(total_timesteps=4_096, run_dir=str(tmp_path), video=True))
+    ppo.train(ppo.Args(total_timesteps=4_096, run_dir=str(tmp_path), video=True,
+                       eval_episodes=episodes))
     (video,) = (tmp_path / "video").glob("*.mp4")
     assert video.stat().st_size > 1_000
     _, (_, num_envs, folder) = made
