@@ -690,3 +690,104 @@ def test_weights_in_another_format_are_named(script, tmp_path):
     (folder / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(SystemExit, match=r"\*.safetensors is missing"):
         script.load_model(SimpleNamespace(model=str(folder)))
+
+
+def test_ordinary_text_after_an_answer_is_no_stop_token(script, tmp_path):
+    folder = make_folder(tmp_path, "chatml")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n### End\n{% endfor %}")
+    tokenizer = script.Tokenizer(folder, {})
+    tokenizer.load_template()
+    assert tokenizer.decode(tokenizer.stop_ids, False) == "<|im_end|>"
+
+
+def test_stop_token_of_a_template_that_says_answer_itself(script, tmp_path):
+    folder = make_folder(tmp_path, "qwen", eos="<|end_of_text|>")
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("You are a helpful", "You give helpful answers,"))
+    assert "helpful answers" in path.read_text()
+    tokenizer = script.Tokenizer(folder, {})
+    tokenizer.load_template()
+    assert tokenizer.decode(tokenizer.stop_ids, False) == "<|end_of_text|><|im_end|>"
+
+
+def test_newlines_of_a_template_are_as_in_transformers(script, tmp_path):
+    folder = make_folder(tmp_path, "chatml")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}\n    {% if m.content %}\n<{{ m.role }}>\n{{ m.content }}\n"
+        "    {% endif %}\n{% endfor %}\n")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = theirs.apply_chat_template(question("Hi"), tokenize=False)
+    assert script.Tokenizer(folder, {}).render(question("Hi"), False) == expected
+
+
+def test_every_process_holds_out_the_same_prompts(script):
+    """Python's hash of a text would be another one in each process."""
+    code = f"import {script.__name__} as script; print(script.split_hash('1+1='))"
+    done = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
+                           cwd=DATA.parent.parent, timeout=60) for _ in range(2)]
+    assert {float(each.stdout) for each in done} == {script.split_hash("1+1=")}
+
+
+def test_special_tokens_may_be_objects(script, tmp_path):
+    folder = make_folder(tmp_path, "llama3")
+    texts, path = script.Tokenizer(folder, {}), folder / "tokenizer_config.json"
+    path.write_text(json.dumps({
+        name: {"content": value, "lstrip": False} if name.endswith("_token") else value
+        for name, value in json.loads(path.read_text()).items()}))
+    objects = script.Tokenizer(folder, {})
+    assert objects.render(question("Hi"), True) == texts.render(question("Hi"), True)
+    assert objects.stop_ids == texts.stop_ids
+
+
+def test_a_special_token_that_is_null_is_none(script, tmp_path):
+    folder = make_folder(tmp_path, "chatml")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": None}))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    assert script.Tokenizer(folder, {}).render(question("Hi"), True) == "Hi"
+
+
+def test_a_text_ends_with_the_token_that_the_tokenizer_names(tmp_path):
+    """Also if generation_config.json begins with another, as that of Llama 3 does."""
+    folder = make_folder(tmp_path, "llama3")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, 262]}))
+    tokenizer = dpo.Tokenizer(folder, {})
+    assert tokenizer.decode(dpo.encode_answer("a", tokenizer), False) == "a<|eot_id|>"
+
+
+def test_saved_model_has_the_chat_template(script, tmp_path):
+    tokenizer = script.Tokenizer(make_folder(tmp_path / "base", "chatml"), {})
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    text = script.Tokenizer(tmp_path / "saved", {}).render(question("Hi"), True)
+    assert text == CHAT.format("Hi")
+
+
+def test_templates_know_the_date(script, tmp_path):
+    folder = make_folder(tmp_path, "chatml")
+    (folder / "chat_template.jinja").write_text(
+        "{{ strftime_now('%Y') if strftime_now is defined else 'unknown' }}")
+    assert script.Tokenizer(folder, {}).render(question("Hi"), True).isdigit()
+
+
+def test_file_of_the_template_comes_before_the_old_place(script, tmp_path):
+    folder = make_folder(tmp_path, "chatml")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": "old"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = theirs.apply_chat_template(question("Hi"), tokenize=False)
+    assert script.Tokenizer(folder, {}).render(question("Hi"), False) == expected != "old"
+
+
+def test_download_has_weights_tokenizer_and_chat_template(script, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked, path = [], tmp_path / "config.json"
+    path.write_text(json.dumps(
+        {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda model, allow_patterns: (
+        asked.extend(allow_patterns) or tmp_path))
+    assert script.download("owner/name") == tmp_path
+    assert {"*.json", "*.jinja", "*.safetensors"} <= set(asked)

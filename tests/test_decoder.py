@@ -440,3 +440,29 @@ def test_parts_of_bf16_training_that_stay_in_float32(script, monkeypatch):
     model.bf16 = True
     model(torch.tensor([[1, 2]]))
     assert residuals == [torch.float32]
+
+
+def test_values_for_the_template_come_from_the_flag(script, tmp_path):
+    write(tmp_path, "llama")
+    (tmp_path / "chat_template.jinja").write_text("{{ 'w5' if enable_thinking else 'w6' }}")
+    _, text = load(script, tmp_path, chat_template_kwargs='{"enable_thinking": true}')
+    assert text.render([{"role": "user", "content": "w1"}], True) == "w5"
+
+
+def test_saved_model_is_said_to_be_float32(script, tmp_path):
+    write(tmp_path, "llama")
+    path = tmp_path / "config.json"
+    half = {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | half))
+    model, tokenizer = load(script, tmp_path)
+    script.save_model(tmp_path / "again", model, tokenizer)
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+
+
+def test_stop_tokens_of_the_config(script, tmp_path):
+    write(tmp_path, "llama")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [3, 17]}))
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    assert load(script, tmp_path)[1].stop_ids == [3, 17]

@@ -1497,3 +1497,11 @@ def test_the_tiny_gpt_in_two_processes(two_ranks, tmp_path, capsys, monkeypatch)
                         for run in (tmp_path, folder / "tiny")))
     wanted = [line for line in alone.splitlines() if line.startswith("before")]
     assert wanted == [line for line in done.stdout.splitlines() if line.startswith("before")]
+
+
+def test_a_new_run_makes_pairs_of_its_own(tmp_path):
+    """Also in a folder with those of a run that was killed before its first checkpoint."""
+    write_rows(tmp_path, *[GOOD] * 100)
+    args = flags(train_pairs=60, eval_pairs=40)
+    pairs, heldout = dpo.load_pairs(args, TEXT, make_tiny(), tmp_path)
+    assert (len(pairs), len(heldout)) == (60, 40)

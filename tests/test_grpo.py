@@ -1766,3 +1766,83 @@ def test_processes_begin_with_the_same_seed(rank, monkeypatch):
     grpo.setup(flags(seed=7))
     torch.set_num_threads(threads)
     assert torch.initial_seed() == 7
+
+
+def test_gradient_checkpointing_does_not_change_sampling():
+    plain, model = tiny(), tiny()
+    model.checkpointing = True
+    rows, others = (seeded_sample(1, m, [[1, 2, 3], [4]], 3, 8, 1.0, [0]) for m in (plain, model))
+    assert rows == others
+
+
+def test_the_last_batch_is_evaluated(tmp_path, monkeypatch):
+    """Also if its number is no multiple of --eval-every."""
+    scores = iter((0.1, 0.2, 0.9))  # before training, after 2 and after 3 batches
+    monkeypatch.setattr(grpo, "evaluate", lambda *_: (next(scores), []))
+    args = grpo.default_args(**SMALL | {"run_dir": str(tmp_path / "run"), "max_steps": 3})
+    assert grpo.train(args, judge)[1] == 0.9
+
+
+def test_reward_without_one_of_the_users(folder, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(grpo, "evaluate", lambda *rest: (seen.append(rest[3]), (0.0, []))[1])
+    for extra in ({}, folder):
+        grpo.train(grpo.default_args(**SMALL | extra | {
+            "run_dir": str(tmp_path / f"run{len(seen)}"), "stop_at": 0.0}))
+    assert seen == [grpo.exact_match, grpo.default_reward]
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save({"args": Code()}, tmp_path / "checkpoint.pt")
+    assert "not a run" in call(capsys, "--resume", tmp_path)[0]
+    assert not (tmp_path / "made").exists()
+
+
+def test_clip_fraction_of_sequences_by_hand():
+    """The geometric mean of the ratios is 1, so nothing is clipped."""
+    ratios, zeros = torch.tensor([[0.5, 2.0, 1.0]]), torch.zeros(1, 3)
+    batch = grpo.Batch(None, None, torch.tensor([[True, True, False]]), zeros, None, None)
+    args = flags(importance_sampling_level="sequence", epsilon=0.2, epsilon_high=0.5)
+    metrics = grpo.update_metrics(batch, ratios.log(), zeros, torch.tensor(2), args)
+    assert metrics["clip_fraction"] == 0
+
+
+def test_a_later_batch_of_equal_groups_changes_nothing():
+    """Also when AdamW has momentum."""
+    model, args = tiny(), flags()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    grpo.update(model, None, optimizer, recorded_batch(*random_rows(), args)[0], args)
+    before = [p.clone() for p in model.parameters()]
+    batch, _ = recorded_batch([[1]], [[2, 0], [3, 0]], [1.0, 1.0], args)
+    grpo.update(model, None, optimizer, batch, args)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_held_out_prompts_count_the_same_in_unequal_shares(monkeypatch):
+    """This process has two, another has one."""
+    monkeypatch.setattr(grpo, "generate", lambda *_, **__: [
+        grpo.Completion([1], [1], [0.0], True) for _ in range(2)])
+    monkeypatch.setattr(grpo, "all_gather", lambda x: torch.cat([x, torch.ones(1)]))
+    tokenizer, examples = SimpleNamespace(decode=str), [{"prompt": "a"}, {"prompt": "b"}]
+    assert grpo.evaluate(None, tokenizer, examples, lambda *_: 0.25, flags())[0] == 0.5
+
+
+def test_sampling_batch_size_counts_completions(monkeypatch):
+    sizes, tokenizer = [], SimpleNamespace(encode=lambda *_, **__: [1], stop_ids=[3])
+    monkeypatch.setattr(grpo, "sample", lambda model, prompts, number, *_: (
+        sizes.append(len(prompts) * number) or []))
+    grpo.generate(None, tokenizer, [{"prompt": "a"}] * 7, flags(sampling_batch_size=9))
+    grpo.generate(None, tokenizer, [{"prompt": "a"}] * 2, flags(sampling_batch_size=3))
+    assert sizes == [8, 8, 8, 4, 4, 4]
+
+
+def test_norms_of_a_bf16_sampler_stay_in_float32():
+    base, args = tiny(model_type="qwen3"), flags(bf16=True)
+    model = grpo.make_model(base.config, base.state_dict(), CPU, args)
+    dtypes = {("norm" in name, param.dtype)
+              for name, param in grpo.make_sampler(model, args).named_parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
