@@ -519,3 +519,26 @@ def test_what_train_keeps_from_one_step_to_the_next(monkeypatch):
 def test_episodic_tasks_have_no_average_reward(monkeypatch):
     rows, _ = train_on(Garbage, monkeypatch, 0.0)
     assert all(row[2]["average_reward"] == 0 for row in rows)
+
+
+def test_the_actor_learns_from_the_sampled_action(monkeypatch):
+    """The clipped one has another log π."""
+    seen, learn = [], actor_critic.learn
+    monkeypatch.setattr(actor_critic, "learn", lambda model, z, step, *rest: (
+        seen.append(step["action"]), learn(model, z, step, *rest))[1])
+    monkeypatch.setattr(actor_critic, "Logger", FakeLogger())
+    actor_critic.train(actor_critic.Args(env_id="scripted:Does-box-v0", num_envs=16))
+    assert torch.cat(seen).abs().max() > 1
+
+
+def test_the_logged_norm_is_that_of_the_update(monkeypatch):
+    norms, learn = [], actor_critic.learn
+
+    def watched(*args):
+        result = learn(*args)
+        norms.append(result[2].item())
+        return result
+
+    monkeypatch.setattr(actor_critic, "learn", watched)
+    rows, _ = train_on(Garbage, monkeypatch, 0.0, log_every=1)
+    assert [metrics["grad_norm"].item() for *_, metrics in rows] == norms

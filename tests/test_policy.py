@@ -176,3 +176,16 @@ def test_networks_start_orthogonal_with_outputs_near_zero(simple):
                                    rtol=0, atol=1e-5)
         assert not layer.bias.any()
     assert net(torch.randn(100, 5)).abs().max() < 0.1
+
+
+def test_the_deviation_of_box_actions_is_learned(simple, monkeypatch):
+    from conftest import FakeLogger
+
+    monkeypatch.setattr(simple, "Logger", FakeLogger())
+    policy, _ = simple.train(simple.Args(env_id="scripted:Does-box-v0", num_envs=2))
+    assert (policy.log_std != -0.5).all()
+
+
+def test_box_actions_start_with_a_deviation_of_0_6(simple):
+    deviation = simple.Policy(OBS, Box(-1, 1, (2,))).log_std.exp()
+    torch.testing.assert_close(deviation, torch.full((2,), 0.6065), atol=1e-3, rtol=0)

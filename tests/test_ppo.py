@@ -284,3 +284,22 @@ def test_the_learning_rate_decays_linearly(anneal, monkeypatch):
     assert logged == pytest.approx(rates)
     group = log.parts["optimizer"].param_groups[0]
     assert group["lr"] == pytest.approx(rates[-1]) and group["eps"] == 1e-5
+
+
+def test_a_too_large_kl_ends_the_whole_update(monkeypatch):
+    """Only the first of four minibatches exceeds the target; the others are not used either."""
+    agent, optimizer, batch = make_batch(4)
+    log_ratio = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    monkeypatch.setattr(torch, "randperm", lambda *args, **kwargs: torch.arange(4))
+    taken, step = [], optimizer.step
+    optimizer.step = lambda: (taken.append(1), step())
+    run_update(agent, optimizer, batch | {"logprob": batch["logprob"] - log_ratio},
+               num_minibatches=4, target_kl=0.1)
+    assert not taken
+
+
+def test_the_policy_trains_the_cnn():
+    agent = make_agent((4, 84, 84))
+    pi, _ = agent(torch.randint(256, (5, 4, 84, 84), dtype=torch.uint8))
+    pi.log_prob(torch.zeros(5, 1, dtype=torch.long)).sum().backward()
+    assert all(param.grad is not None and param.grad.any() for param in agent.cnn.parameters())

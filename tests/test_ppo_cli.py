@@ -521,3 +521,26 @@ def test_global_generators_are_seeded():
     assert drawn[0] == drawn[1]
     ppo.seed_everything(3, 0, 0)
     assert random.random() != drawn[0][0]
+
+
+def test_the_rank_is_that_among_all_machines(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(ppo.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(ppo.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(ppo.dist, "get_rank", lambda: 5)
+    monkeypatch.setattr(ppo.dist, "get_world_size", lambda: 8)
+    assert ppo.setup(ppo.Args())[:2] == (5, 8)
+
+
+def test_a_finished_run_keeps_its_score(tmp_path):
+    _, score = call("--stop-at", 25, "--run-dir", tmp_path)
+    before = len(rows(tmp_path))
+    assert call("--resume", tmp_path)[1] == score and len(rows(tmp_path)) == before
+
+
+def test_wandb_gets_the_flags(tmp_path, monkeypatch):
+    begun, run = {}, SimpleNamespace(id="new", log=lambda row, step: None)
+    wandb = SimpleNamespace(init=lambda **settings: begun.update(settings) or run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    call("--track", "--run-dir", tmp_path, "--total-timesteps", 2_048, "--gamma", 0.9)
+    assert begun["config"]["gamma"] == 0.9 and begun["project"] == "policy-gradients"

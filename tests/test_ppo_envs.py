@@ -573,3 +573,94 @@ def test_atari_clips_rewards_by_default():
     pytest.importorskip("ale_py")
     args = ppo.default_args("ALE/Pong-v5")
     assert args.clip_reward and args.num_minibatches == 4
+
+
+@pytest.mark.parametrize("env", ["Sees-last-v0", "Does-box-v0"])
+def test_every_parameter_learns(env, monkeypatch):
+    """Also the CNN of images and the deviation of Box actions."""
+    log, before, update = FakeLogger(), [], ppo.update
+    monkeypatch.setattr(ppo, "Logger", log)
+    monkeypatch.setattr(ppo, "update", lambda agent, *rest: (before.extend(
+        param.detach().clone() for param in agent.parameters()), update(agent, *rest))[1])
+    ppo.train(ppo.Args(env_id=f"scripted:{env}", **SMALL))
+    for old, (name, new) in zip(before, log.parts["agent"].named_parameters(), strict=True):
+        assert not torch.equal(old, new), name
+
+
+def test_evaluation_goes_on_after_a_lost_life(tmp_path, capsys, monkeypatch):
+    clock, no = itertools.count(1), torch.tensor([False])
+
+    def step(self, action):
+        t = next(clock)
+        return torch.zeros(1, 2), torch.ones(1), torch.tensor([t == 3]), no, torch.tensor([t == 1])
+
+    agent = agent_for(make("scripted:Scripted-v0", 1))
+    monkeypatch.setattr(ppo.Envs, "step", step)
+    args = ppo.Args(env_id="scripted:Scripted-v0", eval_episodes=1, norm_obs=False)
+    ppo.evaluate(args, saved_agent(tmp_path, agent))
+    assert "mean return 3.0 in 1 episodes" in capsys.readouterr().out
+
+
+def test_rounding_errors_of_a_constant_component_stay_small():
+    moments = ppo.RunningMoments((1,))
+    moments.update(torch.full((64, 1), 0.1))
+    assert moments.scale(torch.tensor([1e-7])).abs() < 0.01
+
+
+def test_scaled_rewards_are_clipped(monkeypatch):
+    """One reward in about 400 is not 0: almost 20 standard deviations."""
+    monkeypatch.setattr(scripted, "rewarded", lambda episode, t: 1e3 * (episode == 5))
+    caught, gae = [], ppo.gae
+    monkeypatch.setattr(ppo, "gae", lambda *args: (caught.append(args[0]), gae(*args))[1])
+    batch_of("scripted:Scripted-v0", 500, monkeypatch, norm_reward=True)
+    assert caught[0].max() == 10
+
+
+def test_images_are_copied():
+    envs = make("scripted:Sees-first-v0", 2)
+    envs.reset(0)
+    image, no = np.zeros((2, 3, 40, 36), np.uint8), np.zeros(2, bool)
+    envs.env.step = lambda action: (image, np.zeros(2), no, no, {})
+    obs, *_ = envs.step(torch.zeros(2, 1))
+    image[:] = 1
+    assert not obs.any()
+
+
+def test_returns_are_logged_in_the_order_of_time(monkeypatch):
+    """Two equal environments end their episodes together."""
+    *_, returns = batch_of("scripted:Scripted-v0", 60, monkeypatch, num_envs=2)
+    assert returns[0::2] == returns[1::2] and len(set(returns)) > 2
+
+
+def test_an_evaluation_prints_the_mean(tmp_path, capsys, monkeypatch):
+    """Of 1, 3 and 6: no other average."""
+    clock, no = itertools.count(1), torch.zeros(3, dtype=torch.bool)
+
+    def step(self, action):
+        t = next(clock)
+        return torch.zeros(3, 2), torch.full((3,), float(t)), torch.arange(3) < t, no, no
+
+    agent = agent_for(make("scripted:Scripted-v0", 1))
+    monkeypatch.setattr(ppo.Envs, "step", step)
+    args = ppo.Args(env_id="scripted:Scripted-v0", eval_episodes=3, norm_obs=False)
+    ppo.evaluate(args, saved_agent(tmp_path, agent))
+    assert "mean return 3.3 in 3 episodes" in capsys.readouterr().out
+
+
+def test_unbounded_actions_of_half_precision_are_not_scaled(monkeypatch):
+    space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float16)
+    monkeypatch.setitem(scripted.SPACES, "unbounded", space)
+    envs = make("scripted:Does-unbounded-v0", 1)
+    assert envs.to_env_action(torch.tensor([[1.25]])).tolist() == [[1.25]]
+
+
+def test_lives_are_copied():
+    envs = make("scripted:Scripted-v0", 1)
+    envs.reset(0)
+    lives, no = np.array([3]), np.zeros(1, bool)
+    envs.is_atari, envs.lives = True, np.array([3])
+    envs.env.step = lambda action: (np.zeros((1, 2), np.float32), np.zeros(1), no, no,
+                                    {"lives": lives})
+    assert not envs.step(torch.zeros(1, 1))[-1].any()
+    lives[:] = 2
+    assert envs.step(torch.zeros(1, 1))[-1].all()

@@ -310,3 +310,21 @@ def test_gradient_depends_on_its_batch_only(name, monkeypatch):
         for one, other in zip(expected, actual):
             torch.testing.assert_close(one, other)
     assert len(grads) == 3
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_batch_has_the_sampled_actions(name):
+    """The clipped ones have another log π."""
+    script = importlib.import_module(name)
+    envs = script.make_envs("scripted:Does-box-v0", 64, 0)
+    policy = script.Policy(envs.single_observation_space, envs.single_action_space)
+    assert script.play_episodes(envs, policy, 100, "cpu")["action"].abs().max() > 1
+
+
+def test_the_log_has_the_loss_of_the_baseline(double, monkeypatch):
+    script = importlib.import_module("reinforce_baseline")
+    policy, seen = train_on_all_trajectories(script, monkeypatch)
+    batch = script.play_episodes(seen["envs"], policy, 100, "cpu")
+    returns, value = script.discounted_returns(batch["reward"], 1.0), seen["value"](batch["obs"])
+    expected = (returns - value.detach())[batch["mask"]].square().mean() / 2
+    torch.testing.assert_close(seen["logger"].rows[0][2]["value_loss"], expected)

@@ -499,3 +499,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run(simple, value, tmp_path):
     assert len(rows(tmp_path)) >= 1
     for weight in torch.load(tmp_path / "policy.pt", weights_only=True).values():
         assert weight.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SIMPLE)
+def test_the_evaluation_after_training_has_the_limit_of_the_flag(name, tmp_path, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        call(__import__(name), "--env-id", "NoLimit-v0", "--num-envs", 2, "--max-episode-steps", 50,
+             "--total-timesteps", 100, "--eval-episodes", 2, "--run-dir", tmp_path)
+    assert "mean return 50.0 in 2 episodes" in capsys.readouterr().out
