@@ -426,7 +426,7 @@ class Attention(nn.Module):
     def forward(self, x, rotation):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))           # (R, heads, L, E)
-        qk = torch.cat([self.q_norm(q.float()), self.k_norm(k.float())], 1)  # rotated at once
+        qk = torch.cat([self.q_norm(q.float()), self.k_norm(k.float())], 1)  # fewer kernels
         q, k = rotate(qk, *rotation).to(v.dtype).split([q.shape[1], k.shape[1]], 1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))

@@ -109,7 +109,7 @@ class Args:
     max_grad_norm: float = 0.5  # clip the gradient norm to this
     target_kl: float | None = None  # stop an update at 1.5 times this KL divergence [C6]
     log_std: float = -1.0  # initial log standard deviation of Box actions
-    norm_obs: bool = True  # normalize vectors [C8]; bytes are always divided by 255
+    norm_obs: bool = True  # normalize vectors [C8]; pixels are always divided by 255
     norm_reward: bool = True  # normalize rewards [C8]
     clip_reward: bool = False  # learn from the sign of the rewards (Atari)
     async_envs: bool = False  # run each environment in its own process
@@ -557,7 +557,7 @@ class Envs(gym.vector.VectorWrapper):
         """Convert sampled actions to what the environments expect.
 
         Discrete and MultiDiscrete actions count from space.start. Box actions are scaled from
-        [-1, 1] to the bounds, if these are not too far, then clipped [C9].
+        [-1, 1] to the bounds, if both are within ± 1e6, then clipped [C9].
         """
         space = self.single_action_space
         action = action.cpu().numpy().reshape(-1, *space.shape)

@@ -692,6 +692,9 @@ def test_weights_in_another_format_are_named(script, tmp_path):
         script.load_model(SimpleNamespace(model=str(folder)))
 
 
+# Further cases
+
+
 def test_ordinary_text_after_an_answer_is_no_stop_token(script, tmp_path):
     folder = make_folder(tmp_path, "chatml")
     (folder / "chat_template.jinja").write_text(

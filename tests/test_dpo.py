@@ -1499,6 +1499,9 @@ def test_the_tiny_gpt_in_two_processes(two_ranks, tmp_path, capsys, monkeypatch)
     assert wanted == [line for line in done.stdout.splitlines() if line.startswith("before")]
 
 
+# Further cases
+
+
 def test_a_new_run_makes_pairs_of_its_own(tmp_path):
     """Also in a folder with those of a run that was killed before its first checkpoint."""
     write_rows(tmp_path, *[GOOD] * 100)

@@ -1768,6 +1768,9 @@ def test_processes_begin_with_the_same_seed(rank, monkeypatch):
     assert torch.initial_seed() == 7
 
 
+# Further cases
+
+
 def test_gradient_checkpointing_does_not_change_sampling():
     plain, model = tiny(), tiny()
     model.checkpointing = True

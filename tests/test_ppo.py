@@ -286,6 +286,9 @@ def test_the_learning_rate_decays_linearly(anneal, monkeypatch):
     assert group["lr"] == pytest.approx(rates[-1]) and group["eps"] == 1e-5
 
 
+# Further cases
+
+
 def test_a_too_large_kl_ends_the_whole_update(monkeypatch):
     """Only the first of four minibatches exceeds the target; the others are not used either."""
     agent, optimizer, batch = make_batch(4)

@@ -523,6 +523,9 @@ def test_global_generators_are_seeded():
     assert random.random() != drawn[0][0]
 
 
+# Further cases
+
+
 def test_the_rank_is_that_among_all_machines(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(ppo.dist, "is_torchelastic_launched", lambda: True)

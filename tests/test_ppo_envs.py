@@ -575,6 +575,9 @@ def test_atari_clips_rewards_by_default():
     assert args.clip_reward and args.num_minibatches == 4
 
 
+# Further cases
+
+
 @pytest.mark.parametrize("env", ["Sees-last-v0", "Does-box-v0"])
 def test_every_parameter_learns(env, monkeypatch):
     """Also the CNN of images and the deviation of Box actions."""

@@ -501,6 +501,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run(simple, value, tmp_path):
         assert weight.isfinite().all()
 
 
+# Further cases
+
+
 @pytest.mark.parametrize("name", SIMPLE)
 def test_the_evaluation_after_training_has_the_limit_of_the_flag(name, tmp_path, capsys):
     with warnings.catch_warnings():
