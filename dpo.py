@@ -8,25 +8,26 @@
 """DPO: direct preference optimization for language models (Rafailov et al., 2023).
 
 The data are pairs of a better answer y_w (chosen) and a worse answer y_l (rejected) to a prompt x.
-The model of Bradley and Terry explains them by a reward r. The policy π* that maximizes
-E[r] − β KL(π‖π_ref) is known in closed form (4). Solved for r, (4) says that each policy π is the
-best one for the reward r̂(x, y) = β log π(y|x)/π_ref(y|x), up to a term that depends on x alone,
-β log Z. This term cancels in the difference of two rewards. With r̂ in place of r, the negative
-log-likelihood of the pairs is the loss (7). DPO minimizes it, without a reward model and without
-sampling. Equation numbers refer to arXiv 2305.18290:
+DPO trains a policy π on them without a reward model and without sampling. Equation numbers refer to
+arXiv 2305.18290:
 
-    p(y_w is preferred) = σ(r(x, y_w) − r(x, y_l))                         Bradley and Terry
+    p(y_w is preferred) = σ(r(x, y_w) − r(x, y_l))                                       (1)
     π*(y|x) = π_ref(y|x) exp(r(x, y) / β) / Z(x)                                         (4)
-    r(x, y) = β log π*(y|x)/π_ref(y|x) + β log Z(x)                      (4), solved for r
+    r(x, y) = β log π*(y|x)/π_ref(y|x) + β log Z(x)                                      (5)
     loss = −E log σ(β [log π/π_ref(y_w|x) − log π/π_ref(y_l|x)])                         (7)
+
+(1) is the model of Bradley and Terry: a reward r explains the pairs. (4) is the policy that
+maximizes E[r] − β KL(π‖π_ref). (5) is (4), solved for r. So each policy π is the best one for the
+reward r̂(x, y) = β log π(y|x)/π_ref(y|x), up to β log Z(x), which cancels in the difference of two
+rewards. With r̂ in (1), the negative log-likelihood of the pairs is the loss (7).
 
 The gradient of a pair pushes log π(y_w) up and log π(y_l) down, both with the weight
 β σ(r̂(y_l) − r̂(y_w)), which is large where r̂ prefers the worse answer. The loss depends only on
 the difference of the two, so log π(y_w) may fall if log π(y_l) falls more.
 
 Implementation choices:
-[C1] These flags select published variants. Δ is the difference in brackets in (7). In Δ', each
-     log π and log π_ref is divided by the number of tokens of its answer:
+[C1] Flags select published variants. Δ is the difference in brackets in (7). In Δ', each log π and
+     log π_ref is divided by the number of tokens of its answer:
        name       loss of a pair                      usual values  arXiv
        DPO        −log σ(βΔ)                          β 0.1         2305.18290
        cDPO       −(1−ε) log σ(βΔ) − ε log σ(−βΔ)     β 0.1, ε 0.1  (Mitchell, 2023)
@@ -42,14 +43,14 @@ Implementation choices:
      at the beginning of a text, such as that of Llama 2, add one to each answer.
 [C5] Means are over the whole batch, so the gradient does not depend on --micro-batch-size or on
      the number of processes.
-[C6] The stop token is part of the answer and is trained on. The prompt is not. Where chosen and
-     rejected are conversations, the answers begin with the first message that differs. All that
-     follows is trained on, also later messages of the user. Answers that are too long lose their
-     end.
+[C6] The stop token is part of the answer and is trained on. The prompt is not. If chosen and
+     rejected are whole conversations, the answers begin with the first message that differs. All
+     that follows is trained on, also later messages of the user. Answers that are too long lose
+     their end.
 
-Shapes: P pairs, which are R = 2 P rows (chosen, rejected, chosen, ...) of L inputs and targets; M
-pairs and K trained tokens of a micro-batch, V vocabulary size, D hidden size, E size of an
-attention head. Of the tiny GPT: B sums, Y possible answers.
+Shapes: P pairs given to a function, which are R = 2 P rows (chosen, rejected, chosen, ...) of L
+inputs and targets; K trained tokens, V vocabulary size, D hidden size, E size of an attention head.
+Of the tiny GPT: B sums, Y possible answers.
 
     python dpo.py                                               a tiny GPT learns to add
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl
@@ -57,10 +58,10 @@ attention head. Of the tiny GPT: B sums, Y possible answers.
 A row of --data is a JSON object with `prompt`, `chosen` and `rejected`. They are texts, which are
 used as they are, or lists of chat messages, which go through the chat template. If one of them is a
 list, the texts count as messages, too. If `chosen` and `rejected` are whole conversations, or there
-is no `prompt`, it is what they have in common at the beginning.
+is no `prompt`, the prompt is what the two have in common at the beginning.
 
 Memory: 16 bytes per parameter for weights, gradients and AdamW, or 4 with LoRA. Several processes
-share these, but each has all gradients if there are several micro-batches. Activations come on top.
+share these, but with several micro-batches each holds all gradients. Activations come on top.
 
 Results of five seeds on two cores. Greedy accuracy on held-out sums, before -> after:
     default: 0.322 -> 0.995 (lowest 0.980), 70 s
@@ -142,19 +143,24 @@ class Args:
     wandb_project: str = "policy-gradients"
 
 
-def preference_loss(logprob, ref_logprob, beta, loss_type, label_smoothing=0.0, gamma_margin=0.0):
-    """Compute the loss of each pair, (P,).
+def preference_loss(logprob, ref_logprob, length, beta, loss_type="sigmoid", label_smoothing=0.0,
+                    gamma_margin=0.0, length_normalize=False, nll_coef=0.0):
+    """Compute the loss of each pair, (P,); the options are those of table [C1].
 
-    logprob and ref_logprob (P, 2) are log π and log π_ref of the chosen and the rejected answer, or
-    their means per token.
+    logprob and ref_logprob are log π and log π_ref of the chosen and the rejected answer, (P, 2),
+    sums over their tokens; length (P, 2) is the number of tokens.
     """
-    chosen_log_ratio, rejected_log_ratio = (logprob - ref_logprob).unbind(1)      # (P,)
-    log_ratio_diff = chosen_log_ratio - rejected_log_ratio
+    nll = -logprob[:, 0] / length[:, 0]  # of the chosen answer, per token
+    log_ratio = logprob - ref_logprob
+    if length_normalize:
+        log_ratio = log_ratio / length
+    log_ratio_diff = log_ratio[:, 0] - log_ratio[:, 1]                            # Δ or Δ'
     if loss_type == "ipo":
-        return (log_ratio_diff - 1 / (2 * beta)).square()                         # [C1]
+        return (log_ratio_diff - 1 / (2 * beta)).square() + nll_coef * nll
     logit = beta * log_ratio_diff - gamma_margin
     loss, flipped_loss = -F.logsigmoid(logit), -F.logsigmoid(-logit)              # (7)
-    return (1 - label_smoothing) * loss + label_smoothing * flipped_loss          # [C1]
+    loss = (1 - label_smoothing) * loss + label_smoothing * flipped_loss          # [C1]
+    return loss + nll_coef * nll
 
 
 def best_policy(ref_logprob, reward, beta):
@@ -171,27 +177,28 @@ def target_logprobs(hidden, targets, weight):
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
-def token_logprobs(model, inputs, targets, mask, chunk_size=1024):
-    """Compute log π of the targets where mask is True, 0 elsewhere; all (R, L).
+def token_logprobs(hidden, weight, targets, mask, chunk_size=1024):
+    """Compute log π of the targets where mask is True, 0 elsewhere; (R, L), like targets and mask.
 
-    Logits are computed in chunks of tokens, and again in the backward pass: those of all tokens,
-    (K, V), would be the largest tensor by far.
+    hidden (R, L, D) are the model's last hidden states, weight (V, D) turns them into logits. This
+    equals logits.log_softmax(-1).gather(-1, targets), but the logits are computed in chunks of
+    tokens, and again in the backward pass: those of all tokens, (K, V), would be the largest tensor
+    by far.
     """
-    hidden = model(inputs)[mask]                                              # (K, D)
-    # Only after model(inputs): under FSDP this weight is complete once the forward pass has run.
-    weight = model.output_weight().to(hidden.dtype)
+    hidden, weight = hidden[mask], weight.to(hidden.dtype)                    # (K, D), (V, D)
     chunks = zip(hidden.split(chunk_size), targets[mask].split(chunk_size))
     logprobs = [checkpoint(target_logprobs, hidden_chunk, target_chunk, weight, use_reentrant=False)
                 for hidden_chunk, target_chunk in chunks]
     zeros = torch.zeros(mask.shape, device=mask.device)
-    return zeros.masked_scatter(mask, torch.cat(logprobs))  # row by row, where mask is True
+    return zeros.masked_scatter(mask, torch.cat(logprobs))  # puts the K values where mask is True
 
 
 def pad_batch(rows, device):
     """Make tensors (R, L) of rows, a list of (prompt, completion), each a sequence of token ids.
 
     Returns inputs, targets (the tokens that follow them) and mask, which is True where the target
-    belongs to the completion.
+    belongs to the completion. Prompt 5 6 and completion 7 8 give inputs 5 6 7, targets 6 7 8 and
+    mask False True True.
     """
     tokens = pad_sequence([torch.tensor(prompt + completion) for prompt, completion in rows],
                           batch_first=True)  # padded at the end: causal attention never sees it
@@ -217,7 +224,9 @@ def by_length(pairs, indices):
 def answer_logprobs(model, pairs, device):
     """Compute log π of the answers, (P, 2): the sum over their tokens."""
     rows = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-    return token_logprobs(model, *pad_batch(rows, device)).sum(1).view(-1, 2)
+    inputs, targets, mask = pad_batch(rows, device)
+    logprob = token_logprobs(model(inputs), model.output_weight(), targets, mask)     # (R, L)
+    return logprob.sum(1).view(-1, 2)
 
 
 def answer_lengths(pairs, device):
@@ -225,52 +234,47 @@ def answer_lengths(pairs, device):
     return torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs], device=device)
 
 
-def pair_losses(logprob, ref_logprob, length, args):
-    """Compute the loss of each pair, (P,), with the options that depend on the length of answers.
-
-    logprob, ref_logprob and length are (P, 2): log π, log π_ref and number of tokens.
-    """
-    divisor = length if args.length_normalize else 1                              # [C1]
-    loss = preference_loss(logprob / divisor, ref_logprob / divisor, args.beta, args.loss_type,
-                           args.label_smoothing, args.gamma_margin)
-    return loss - args.nll_coef * (logprob / length)[:, 0]                        # [C1]
-
-
 @torch.no_grad()
-def all_answer_logprobs(model, pairs, args, title="reference"):
+def all_answer_logprobs(model, pairs, micro_batch_size, device, title="reference"):
     """Compute answer_logprobs of all pairs, (P, 2), in micro-batches that the processes share."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     indices = by_length(pairs, range(len(pairs)))
+    num_missing = -len(indices) % world_size
     # All processes must call the model equally often, so some compute the first pair once more.
-    indices = local_rows(indices + indices[:1] * (-len(indices) % world_size))
+    indices = local_rows(indices + indices[:1] * num_missing)
     logprobs = []
-    for start in tqdm(range(0, len(indices), args.micro_batch_size), title, leave=False,
+    for start in tqdm(range(0, len(indices), micro_batch_size), title, leave=False,
                       disable=get_rank() > 0 or None):  # None: shown in a terminal only
-        part = [pairs[i] for i in indices[start:start + args.micro_batch_size]]
-        logprobs.append(answer_logprobs(model, part, args.device).cpu())
+        part = [pairs[i] for i in indices[start:start + micro_batch_size]]
+        logprobs.append(answer_logprobs(model, part, device).cpu())
     result = torch.zeros(len(pairs), 2)
-    order = all_gather(torch.tensor(indices))
-    result[order] = all_gather(torch.cat(logprobs))
+    result[all_gather(torch.tensor(indices))] = all_gather(torch.cat(logprobs))
     return result
 
 
-def batch_indices(step, num_pairs, args):
+def batch_indices(step, num_pairs, batch_size, seed):
     """Return the indices of the pairs of a batch.
 
     Each epoch has an order of its own. What is left at its end and fills no batch is left out.
     """
-    epoch, batch = divmod(step, num_pairs // args.batch_size)
-    rng = torch.Generator().manual_seed(random.Random(f"{args.seed} {epoch}").randrange(2**31))
+    epoch, batch = divmod(step, num_pairs // batch_size)
+    rng = torch.Generator().manual_seed(random.Random(f"{seed} {epoch}").randrange(2**31))
     order = torch.randperm(num_pairs, generator=rng).tolist()  # the same in all processes
-    return order[batch * args.batch_size:(batch + 1) * args.batch_size]
+    return order[batch * batch_size:(batch + 1) * batch_size]
 
 
-def learning_rate_at(step, num_steps, args):
-    """Compute the learning rate: it rises during the warm-up, then falls linearly to 0."""
-    warmup_steps = args.warmup_ratio * num_steps
+def learning_rate_factor(step, num_steps, warmup_ratio):
+    """Compute a factor from 0 to 1: it rises during the warm-up, then falls linearly to 0."""
+    warmup_steps = warmup_ratio * num_steps
     rise = (step + 1) / max(warmup_steps, 1)
     fall = (num_steps - step) / max(num_steps - warmup_steps, 1)
-    return args.learning_rate * min(rise, fall, 1)                                # [C3]
+    return min(rise, fall, 1)                                                     # [C3]
+
+
+def loss_options(args):
+    """Return the flags of preference_loss, by name."""
+    names = ("beta", "loss_type", "label_smoothing", "gamma_margin", "length_normalize", "nll_coef")
+    return {name: getattr(args, name) for name in names}
 
 
 def update(model, optimizer, pairs, ref_logprob, args):
@@ -284,21 +288,17 @@ def update(model, optimizer, pairs, ref_logprob, args):
     optimizer.zero_grad()
     for start in range(0, len(pairs), args.micro_batch_size):
         part = slice(start, start + args.micro_batch_size)
-        logprob = answer_logprobs(model, pairs[part], args.device)                # (M, 2)
-        loss = pair_losses(logprob, ref_logprob[part], length[part], args)        # (M,)
-        if dist.is_initialized():
-            # Each process adds up its own gradients. After the last micro-batch FSDP adds up those
-            # of all processes, so the divisor is the number of all pairs.
-            model.set_requires_gradient_sync(part.stop >= len(pairs))
-        (loss.sum() / args.batch_size).backward()                                 # [C5]
+        logprob = answer_logprobs(model, pairs[part], args.device)                # (P, 2) of part
+        loss = preference_loss(logprob, ref_logprob[part], length[part], **loss_options(args))
+        sync_gradients(model, part.stop >= len(pairs))
+        (loss.sum() / args.batch_size).backward()  # the pairs of all processes [C5]
         logprobs[part] = logprob.detach()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm,
                                          error_if_nonfinite=True)
     optimizer.step()
     logprobs, ref_logprob, length = map(all_gather, (logprobs, ref_logprob, length))
-    if dist.is_initialized():
-        grad_norm = grad_norm.full_tensor()  # of the sharded model
-    return mean_metrics(logprobs, ref_logprob, length, args) | {"grad_norm": grad_norm}
+    metrics = mean_metrics(logprobs, ref_logprob, length, args)
+    return metrics | {"grad_norm": full_tensor(grad_norm)}
 
 
 def train(args):
@@ -312,28 +312,28 @@ def train(args):
     with Logger(args, model, optimizer) as log:  # --resume: loads model and optimizer
         pairs, heldout = load_pairs(args, tokenizer, model, log.dir)
         num_steps, eval_every = plan(pairs, heldout, tokenizer, args)
-        token_bytes = [ids.tobytes() for pair in heldout + pairs for ids in pair]
-        data_hash = hashlib.sha256(b"".join(token_bytes)).hexdigest()
+        log.check_data(heldout + pairs)
         if log.ref_logprob is None:  # a new run: the model is still the reference policy
-            log.ref_logprob = (torch.zeros(len(heldout + pairs), 2) if args.reference_free
-                               else all_answer_logprobs(model, heldout + pairs, args))  # [C2]
+            log.ref_logprob = torch.zeros(len(heldout + pairs), 2)
+            if not args.reference_free:
+                log.ref_logprob = all_answer_logprobs(                            # [C2]
+                    model, heldout + pairs, args.micro_batch_size, device)
             log.before = None if args.model else evaluate_sums(model, tokenizer, None, args)
-            log.data_hash = data_hash
-        elif log.data_hash != data_hash:
-            raise SystemExit(f"--resume {args.resume}: the pairs have other tokens now; if the "
-                             "chat template adds today's date, set it with --chat-template-kwargs")
         heldout_ref, ref_logprob = log.ref_logprob.split([len(heldout), len(pairs)])
         log.bar.total = num_steps
         while not log.stopped() and log.step < num_steps:
-            optimizer.param_groups[0]["lr"] = learning_rate_at(log.step, num_steps, args)
-            indices = local_rows(by_length(pairs, batch_indices(log.step, len(pairs), args)))
+            optimizer.param_groups[0]["lr"] = args.learning_rate * learning_rate_factor(
+                log.step, num_steps, args.warmup_ratio)
+            indices = batch_indices(log.step, len(pairs), args.batch_size, args.seed)
+            indices = local_rows(by_length(pairs, indices))
             metrics = update(model, optimizer, [pairs[i] for i in indices], ref_logprob[indices],
                              args)
             log.step += 1
             if log.step == 1 or log.step % eval_every == 0 or log.step == num_steps:
                 log.heldout = evaluate(model, heldout, heldout_ref, args)
                 log.score = log.heldout["heldout_accuracy"]
-            log.write(**metrics, **log.heldout)  # metrics: before the step; heldout: the last ones
+            # metrics were measured before this step, log.heldout at the last evaluation.
+            log.write(**metrics, **log.heldout)
     if args.model:  # Ctrl-C does not get here: Logger.__exit__ raises SystemExit
         save_model(log.dir / "model", model, tokenizer)
     else:
@@ -351,18 +351,18 @@ def train(args):
 
 
 def mean_metrics(logprob, ref_logprob, length, args):
-    """Compute means over the pairs, by name; see pair_losses for the arguments.
+    """Compute means over the pairs, by name; see preference_loss for the arguments.
 
     accuracy: how often the chosen answer has the higher reward r̂; in the first batch π is π_ref,
-    so that it has no meaning. accuracy_longer: the same where chosen is the longer answer; NaN if
+    so there it means nothing. accuracy_longer: the same where chosen is the longer answer; NaN if
     there are no such pairs. chosen_fell: how often log π of the chosen answer is below its log
     π_ref, which the loss allows; NaN without a reference. With --length-normalize rewards and
     log-probabilities are per token.
     """
-    loss = pair_losses(logprob, ref_logprob, length, args)
+    loss = preference_loss(logprob, ref_logprob, length, **loss_options(args))
     if args.length_normalize:                                                     # [C1]
         logprob, ref_logprob = logprob / length, ref_logprob / length
-    reward = args.beta * (logprob - ref_logprob)
+    reward = args.beta * (logprob - ref_logprob)                                  # (5), without Z
     margin = reward[:, 0] - reward[:, 1]
     correct = (margin > 0).float()
     fell = (logprob < ref_logprob)[:, 0].float()
@@ -376,7 +376,7 @@ def mean_metrics(logprob, ref_logprob, length, args):
 
 def evaluate(model, pairs, ref_logprob, args):
     """Compute some metrics of held-out pairs; ref_logprob is (P, 2)."""
-    logprob = all_answer_logprobs(model, pairs, args, "evaluation")
+    logprob = all_answer_logprobs(model, pairs, args.micro_batch_size, args.device, "evaluation")
     metrics = mean_metrics(logprob, ref_logprob, answer_lengths(pairs, "cpu"), args)
     return {f"heldout_{name}": metrics[name].item()
             for name in ("loss", "accuracy", "margin", "chosen_fell")}
@@ -488,7 +488,10 @@ class Decoder(nn.Module):
                 param.requires_grad_("lora_" in name)
 
     def output_weight(self):
-        """Return the weight (V, D) of the layer that computes the logits from hidden states."""
+        """Return the weight (V, D) that turns hidden states into logits.
+
+        With several processes it is complete only after a forward pass.
+        """
         return getattr(self, "lm_head", self.model.embed_tokens).weight
 
     def forward(self, tokens):
@@ -611,6 +614,20 @@ def make_model(config, weights, device, args):
         for block in model.model.layers:
             block.compile(dynamic=True)
     return model
+
+
+def sync_gradients(model, is_last):
+    """Let the next backward pass add up the gradients of all processes, if it is the last one.
+
+    Until then each process adds up its own.
+    """
+    if dist.is_initialized():
+        model.set_requires_gradient_sync(is_last)
+
+
+def full_tensor(tensor):
+    """Return the full tensor of a sharded one, other tensors as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def save_model(folder, model, tokenizer):
@@ -991,7 +1008,8 @@ def pretrain(args, device):
                  tokenizer.encode(example["pretrain_answer"]) + tokenizer.stop_ids)
                 for example in examples]
         inputs, targets, mask = pad_batch(rows, device)
-        loss = -token_logprobs(model, inputs, targets, mask).sum() / mask.sum()
+        logprob = token_logprobs(model(inputs), model.output_weight(), targets, mask)
+        loss = -logprob.sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -1041,7 +1059,7 @@ def make_pairs(model, tokenizer, count, held_out, args):
             choices = list(itertools.combinations(different, 2))
             for first, second in rng.sample(choices, min(4, len(choices))):
                 difference = digit_reward(first, example) - digit_reward(second, example)
-                first_is_better = rng.random() < 1 / (1 + math.exp(-difference))
+                first_is_better = rng.random() < 1 / (1 + math.exp(-difference))      # (1)
                 chosen, rejected = (first, second) if first_is_better else (second, first)
                 pairs.append({"prompt": example["prompt"], "chosen": chosen, "rejected": rejected})
     return pairs[:count]
@@ -1067,7 +1085,9 @@ def evaluate_sums(model, tokenizer, ref_logprob, args):
     for example in examples[:16]:
         prompt = tokenizer.encode(example["prompt"])
         rows = [(prompt, tokenizer.encode(text) + tokenizer.stop_ids) for text in texts]
-        logprobs.append(token_logprobs(model, *pad_batch(rows, args.device)).sum(1).cpu())
+        inputs, targets, mask = pad_batch(rows, args.device)
+        logprob = token_logprobs(model(inputs), model.output_weight(), targets, mask)
+        logprobs.append(logprob.sum(1).cpu())
         rewards.append(torch.tensor([digit_reward(text, example) for text in texts]))
     logprob = torch.stack(logprobs).log_softmax(-1)  # (B, 1000), of these answers alone
     reward = torch.stack(rewards)
@@ -1228,6 +1248,15 @@ class Logger:
             self.wandb = wandb.init(project=args.wandb_project, name=self.dir.name,
                                     id=self.wandb_id, resume="allow", config=asdict(args))
             self.wandb_id = self.wandb.id
+
+    def check_data(self, pairs):
+        """Exit if the tokens of the pairs are not those of the run to continue."""
+        token_bytes = b"".join(ids.tobytes() for pair in pairs for ids in pair)
+        data_hash = hashlib.sha256(token_bytes).hexdigest()
+        if self.data_hash not in (None, data_hash):
+            raise SystemExit(f"--resume {self.dir}: the pairs have other tokens now; if the chat "
+                             "template adds today's date, set it with --chat-template-kwargs")
+        self.data_hash = data_hash
 
     def interrupt(self, *_):
         """Stop after this batch, at Ctrl-C; a second Ctrl-C stops at once."""

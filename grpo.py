@@ -7,53 +7,57 @@
 # ///
 r"""GRPO: group relative policy optimization for language models (Shao et al., 2024).
 
-The policy π writes G completions o of each prompt q, and a function gives each a reward r. A
-completion's advantage Â is its reward relative to those of its group, so no value network is
-needed. The loss is PPO's clipped objective, with the same Â for all tokens of a completion.
-Equation numbers refer to DeepSeekMath, arXiv 2402.03300:
+The policy π writes G completions o_1 … o_G of each prompt q, and a function gives each of them a
+reward r_i. The advantage Â_i of a completion is its reward relative to those of its group, so no
+value network is needed. The loss is PPO's clipped objective, with the same Â_i for all tokens of a
+completion. Equation numbers refer to DeepSeekMath, arXiv 2402.03300:
 
-    ρ_t = π(o_t | q, o_<t) / π_old(o_t | q, o_<t)
-    Â = (r − mean r) / std r                                              of the group
-    J = E[ mean over tokens of (min(ρ_t Â, clip(ρ_t, 1−ε, 1+ε) Â) − β k3_t) ]          (3)
-    k3_t = π_ref/π − log(π_ref/π) − 1             of o_t; it estimates KL(π‖π_ref)     (4)
+    Â_i = (r_i − mean r) / std r                             over the G completions of a prompt
+    ρ_it = π(o_it | q, o_i<t) / π_old(o_it | q, o_i<t)                       of token t
+    J = E[ 1/G Σ_i 1/|o_i| Σ_t (min(ρ_it Â_i, clip(ρ_it, 1−ε, 1+ε) Â_i) − β k3_it) ]   (3)
+    k3_it = x − log x − 1 with x = π_ref/π of token t; it estimates KL(π‖π_ref)        (4)
 
-This is --preset grpo, except for [C3] and [C4]. The default has Â = r − mean r, and β = 0, so no
-reference policy π_ref. It clips ρ_t to [0.8, 1.28]. The mean is over all tokens of the batch.
+--preset grpo is this, except for [C3] and [C4]. The default is simpler: Â_i = r_i − mean r; β = 0,
+so there is no reference policy π_ref; and the mean is over all tokens of the batch, 1 / Σ_i |o_i|
+instead of 1/G Σ_i 1/|o_i|. It clips ρ to [0.8, 1.28].
+
+Read train first, then generate_batch and update, then the functions that update calls.
 
 Implementation choices:
-[C1] --preset selects a variant. "scale" is how r − mean r is scaled, see group_advantage. "loss"
-     stands for two things: the objective, see policy_loss, and the mean over tokens, see
-     token_weight. "cispo" does not use ε.
-                scale          loss     ratio     ε       ε_high  β     paper (arXiv)
-       default  none           dapo     token     0.2     0.28    0
-       grpo     group          grpo     token     0.2     0.2     0.04  2402.03300
-       dr_grpo  none           dr_grpo  token     0.2     0.2     0     2503.20783
-       dapo     group          dapo     token     0.2     0.28    0     2503.14476
-       gspo     group          grpo     sequence  0.0003  0.0004  0     2507.18071
-       cispo    group          cispo    token     0.2     4       0     2506.13585
-       rloo     leave-one-out  dr_grpo  token     0.2     0.2     0     2402.14740
-     The default does not divide by std, which would give the largest weight to prompts that are
-     nearly always or nearly never solved. Other parts of these papers are left out.
+[C1] --preset selects a variant. "mean" is over all tokens of the batch, or over the tokens of each
+     completion and then over completions, or the sum is divided by a constant (token_weight).
+                scale          loss type  mean        ratio     ε       ε_high  β     arXiv
+       default  none           dapo       tokens      token     0.2     0.28    0
+       grpo     group          grpo       completion  token     0.2     0.2     0.04  2402.03300
+       dr_grpo  none           dr_grpo    constant    token     0.2     0.2     0     2503.20783
+       dapo     group          dapo       tokens      token     0.2     0.28    0     2503.14476
+       gspo     group          grpo       completion  sequence  0.0003  0.0004  0     2507.18071
+       cispo    group          cispo      tokens      token     –       4       0     2506.13585
+       rloo     leave-one-out  dr_grpo    constant    token     0.2     0.2     0     2402.14740
+     "scale" says what r − mean r is divided by (group_advantage). Division by std enlarges the
+     advantages of prompts that are nearly always or nearly never solved, so the default does
+     without. Other parts of these papers are left out.
 [C2] π_old is π before the first update on a batch. With one update per batch, the default, π is
      still π_old. So ρ = 1, nothing is clipped, and the value of the loss says nothing about
-     progress. But the gradient is not 0: ∇ρ = ρ ∇log π = ∇log π, so that of a token's loss is
-     −Â ∇log π, as in REINFORCE with a baseline. The clip range, "cispo" and the ratio of a
+     progress. But the gradient is not 0: ∇ρ = ρ ∇log π = ∇log π. So the gradient of a token's loss
+     is −Â ∇log π, as in REINFORCE with a baseline. The clip range, "cispo" and the ratio of a
      sequence make a difference only with --num-iterations > 1.
      The trainer computes log π_old. The log π of the sampler is used in metrics only.
-[C3] The KL term is ρ k3. Completions come from π_old, so its mean is that of k3 over completions of
-     π, which is the KL, and its gradient is that of the KL. The paper leaves out ρ: with π = π_old
-     the value is the same, but the gradient is that of KL(π_ref‖π), another divergence.
-[C4] Groups with equal rewards have Â = 0. They are skipped, also in the KL term, and do not count
-     in the means.
+[C3] The KL term is ρ k3. Given the tokens before it, o_t comes from π_old, so the mean of ρ k3 is
+     KL(π‖π_ref) of this token, and the mean of its gradient is the gradient of this KL. The paper
+     leaves out ρ: with π = π_old the value is the same, but the gradient is that of KL(π_ref‖π),
+     another divergence. How a token changes the KL of later tokens is left out in both.
+[C4] Groups with equal rewards have Â = 0. They are skipped, also in the KL term, and are not
+     counted in the means.
 [C5] Means are over the whole batch, so for given completions the gradient does not depend on
      --micro-batch-size or on the number of processes.
 [C6] The stop token is part of the completion and is trained on. The prompt is not.
 [C7] π is softmax(logits / temperature), both in sampling and in the loss.
 [C8] The prompts of a batch are drawn at random from all, without epochs. One may occur twice.
 
-Shapes: B prompts (of this process), G completions of each, R = B G rows of L + 1 tokens, which are
-L inputs and L targets; C tokens of the longest possible completion, V vocabulary size, D hidden
-size, K trained tokens of a micro-batch, E size of an attention head, S cached tokens.
+Shapes: B prompts of this process, G completions of each, R rows (B G, or those of a micro-batch) of
+L + 1 tokens, which are L inputs and L targets; C tokens of the longest possible completion, V
+vocabulary size, D hidden size, K trained tokens, E size of an attention head, S cached tokens.
 
     python grpo.py                                              a tiny GPT learns to add
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data questions.jsonl
@@ -155,13 +159,16 @@ class Args:
 
 
 def group_advantage(reward, scale_rewards):
-    """Compute how much better each completion is than its group, (B, G), from rewards (B, G)."""
+    """Compute how much better each completion is than its group, (B, G), from rewards (B, G).
+
+    std is that of a sample, with G − 1 in the denominator; the small number avoids division by 0.
+    """
     advantage = reward - reward.mean(1, keepdim=True)
     if scale_rewards == "none":
         return advantage
-    if scale_rewards == "leave-one-out":  # r minus the mean of the other completions
+    if scale_rewards == "leave-one-out":  # equals r minus the mean of the other completions
         return advantage * reward.shape[1] / (reward.shape[1] - 1)
-    std = reward.std() if scale_rewards == "batch" else reward.std(1, keepdim=True)  # or "group"
+    std = reward.std(1, keepdim=True) if scale_rewards == "group" else reward.std()  # or "batch"
     return advantage / (std + 1e-4)
 
 
@@ -174,21 +181,20 @@ def importance_ratio(logprob, old_logprob, mask, level):
 
 
 def policy_loss(ratio, logprob, advantage, loss_type, epsilon, epsilon_high):
-    """Compute the loss of each token, (R, L), which token_weight then averages.
+    """Compute the loss of each token, (R, L), or (R, 1) if the ratio is that of a sequence.
 
-    logprob is (R, L), advantage (R,). With a ratio (R, 1) a clipped loss is (R, 1), too: all tokens
-    of a row have the same.
+    logprob is (R, L), advantage (R,).
     """
     advantage = advantage.unsqueeze(1)
     if loss_type == "cispo":  # the clipped ratio is only a weight: every token keeps its gradient
         clipped_ratio = ratio.clamp(max=1 + epsilon_high).detach()
         return -clipped_ratio * advantage * logprob
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
-    return -torch.min(ratio * advantage, clipped * advantage)                 # (3), negated [C2]
+    return -torch.min(ratio * advantage, clipped * advantage)                 # (3), minimized
 
 
 def kl_estimate(logprob, old_logprob, ref_logprob):
-    """Compute ρ k3 of each token, (R, L); on average its gradient is that of KL(π‖π_ref)."""
+    """Compute ρ k3 of each token, (R, L); its mean is KL(π‖π_ref). old_logprob is for ρ."""
     log_ratio = ref_logprob - logprob
     k3 = log_ratio.exp() - log_ratio - 1                                      # (4)
     ratio = (logprob - old_logprob).exp()  # per token, even if the loss has one for each row
@@ -198,15 +204,29 @@ def kl_estimate(logprob, old_logprob, ref_logprob):
 def token_weight(mask, loss_type, num_rows, num_tokens, max_completion_length):
     """Compute the weight of each token in the loss, (R, L), from mask (R, L).
 
-    It is 1 / (num_rows * trained tokens of the row) for "grpo", 1 / (num_rows * C) for "dr_grpo",
-    1 / num_tokens for "dapo" and "cispo", and 0 for tokens that are not trained on. num_rows and
-    num_tokens count what is trained on in all processes.
+    The loss is the sum of the tokens' losses with these weights. mask is True at tokens to learn
+    from. num_rows and num_tokens count the rows and tokens to learn from in the whole batch, over
+    all micro-batches and processes [C5].
     """
     if loss_type == "grpo":  # mean over the tokens of each completion, then over completions
-        return mask / mask.sum(1, keepdim=True).clamp(min=1) / num_rows       # [C5]
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) / num_rows
     if loss_type == "dr_grpo":  # a constant: tokens of long and short completions count the same
         return mask / (num_rows * max_completion_length)
-    return mask / num_tokens                                                  # mean over all tokens
+    return mask / num_tokens  # "dapo" and "cispo": mean over all tokens
+
+
+def grpo_loss(logprob, old_logprob, ref_logprob, advantage, mask, weight, loss_type="dapo",
+              level="token", epsilon=0.2, epsilon_high=0.28, beta=0.0):
+    """Compute the loss of R rows, a scalar, with token weights (R, L).
+
+    logprob, old_logprob and ref_logprob are log π, log π_old and log π_ref of the tokens, (R, L);
+    ref_logprob is not used if beta is 0. advantage is (R,), mask (R, L).
+    """
+    ratio = importance_ratio(logprob, old_logprob, mask, level)
+    loss = policy_loss(ratio, logprob, advantage, loss_type, epsilon, epsilon_high)
+    if beta:
+        loss = loss + beta * kl_estimate(logprob, old_logprob, ref_logprob)
+    return (loss * weight).sum()
 
 
 def target_logprobs(hidden, targets, weight, temperature):
@@ -215,27 +235,28 @@ def target_logprobs(hidden, targets, weight, temperature):
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
-def token_logprobs(model, inputs, targets, mask, temperature=1.0, chunk_size=1024):
-    """Compute log π of the targets where mask is True, 0 elsewhere; all (R, L).
+def token_logprobs(hidden, weight, targets, mask, temperature=1.0, chunk_size=1024):
+    """Compute log π of the targets where mask is True, 0 elsewhere; (R, L), like targets and mask.
 
-    Logits are computed in chunks of tokens, and again in the backward pass: those of all tokens,
-    (K, V), would be the largest tensor by far.
+    hidden (R, L, D) are the model's last hidden states, weight (V, D) turns them into logits. This
+    equals (logits / temperature).log_softmax(-1).gather(-1, targets), but the logits are computed
+    in chunks of tokens, and again in the backward pass: those of all tokens, (K, V), would be the
+    largest tensor by far.
     """
-    hidden = model(inputs)[mask]                                              # (K, D)
-    # Only after model(inputs): under FSDP this weight is complete once the forward pass has run.
-    weight = model.output_weight().to(hidden.dtype)
+    hidden, weight = hidden[mask], weight.to(hidden.dtype)                    # (K, D), (V, D)
     chunks = zip(hidden.split(chunk_size), targets[mask].split(chunk_size))
     logprobs = [checkpoint(target_logprobs, hidden_chunk, target_chunk, weight, temperature,
                            use_reentrant=False) for hidden_chunk, target_chunk in chunks]
     zeros = torch.zeros(mask.shape, device=mask.device)
-    return zeros.masked_scatter(mask, torch.cat(logprobs))  # row by row, where mask is True
+    return zeros.masked_scatter(mask, torch.cat(logprobs))  # puts the K values where mask is True
 
 
 def pad_batch(rows, device):
     """Make tensors (R, L) of rows, a list of (prompt, completion), each a sequence of token ids.
 
     Returns inputs, targets (the tokens that follow them) and mask, which is True where the target
-    belongs to the completion.
+    belongs to the completion. Prompt 5 6 and completion 7 8 give inputs 5 6 7, targets 6 7 8 and
+    mask False True True.
     """
     tokens = pad_sequence([torch.tensor(prompt + completion) for prompt, completion in rows],
                           batch_first=True)  # padded at the end: causal attention never sees it
@@ -286,7 +307,9 @@ def generate_batch(sampler, tokenizer, examples, reward, args):
     advantage = advantage.split(len(rewards))[get_rank()].flatten()               # (R,)
     equal_rewards = (rewards == rewards[:, :1]).all(1).repeat_interleave(G)       # (R,)  [C4]
     finished = torch.tensor([completion.finished for completion in completions])
-    trained = ~equal_rewards & (finished | (not args.mask_truncated_completions))
+    trained = ~equal_rewards
+    if args.mask_truncated_completions:
+        trained &= finished
     batch = make_batch(completions, advantage, trained, args)
     logprobs = torch.tensor([x for completion in completions for x in completion.logprobs])
     metrics = {"reward": rewards.mean(), "equal_groups": equal_rewards.float().mean(),
@@ -296,68 +319,40 @@ def generate_batch(sampler, tokenizer, examples, reward, args):
     return batch, {name: all_gather(mean.view(1)).mean() for name, mean in metrics.items()}
 
 
-def make_batch(completions, advantage, trained, args):
-    """Pad R completions to a Batch; trained (R,) says which to learn from, advantage is (R,)."""
-    lengths = [len(completion.prompt) + len(completion.tokens) for completion in completions]
-    # Rows to learn from come first, so that the others can be left out. Longer rows come before
-    # shorter ones, so that a micro-batch needs little padding.
-    order = sorted(range(len(lengths)), key=lambda i: (not trained[i], -lengths[i]))
-    rows, device = [completions[i] for i in order], args.device
-    inputs, targets, completion_mask = pad_batch([(row.prompt, row.tokens) for row in rows], device)
-    sampled_logprob = pad_sequence(
-        [torch.tensor([0.0] * len(row.prompt) + row.logprobs) for row in rows], batch_first=True)
-    mask = completion_mask & trained[order].unsqueeze(1).to(device)
-    # FSDP: each process must run the same number of micro-batches. Those with fewer rows to learn
-    # from also run some of the other rows, whose mask is empty.
-    max_rows = int(all_gather(trained.sum().view(1)).max())
-    # The first row of a micro-batch is its longest one to learn from. Later columns are left out.
-    micro_batches = [(slice(start, min(start + args.micro_batch_size, max_rows)),
-                      slice(0, lengths[order[start]] - 1))
-                     for start in range(0, max_rows, args.micro_batch_size)]
-    return Batch(inputs, targets, mask, sampled_logprob[:, 1:].to(device),
-                 advantage[order].to(device), micro_batches)
-
-
 def update(model, reference, optimizer, batch, args):
     """Take --num-iterations gradient steps on the batch. Returns metrics."""
-    num_rows, num_tokens = all_reduce_sum(torch.stack([batch.mask.any(1).sum(), batch.mask.sum()]))
+    num_rows = all_reduce_sum(batch.mask.any(1).sum())  # with something to learn from
+    num_tokens = all_reduce_sum(batch.mask.sum())
     weight = token_weight(batch.mask, args.loss_type, num_rows, num_tokens,
                           args.max_completion_length)                             # (R, L)
-    # log π, log π_old and log π_ref of each token. The first iteration sets the last two: as π is
-    # still π_old, log π_old needs no forward pass of its own.
+    # log π, log π_old and log π_ref of each token
     logprobs, old_logprobs, ref_logprobs = torch.zeros(3, *weight.shape, device=weight.device)
-    loss_sum = torch.zeros((), device=weight.device)
+    mean_loss = torch.zeros((), device=weight.device)  # over the iterations
     for iteration in range(args.num_iterations):
         optimizer.zero_grad()
-        for rows, columns in batch.micro_batches:  # slices of the tensors (R, L)
-            part = rows, columns
+        for part in batch.micro_batches:  # slices of the rows and columns of the tensors (R, L)
             inputs, targets, mask = batch.inputs[part], batch.targets[part], batch.mask[part]
-            logprob = token_logprobs(model, inputs, targets, mask, args.temperature)
+            logprob = token_logprobs(model(inputs), model.output_weight(), targets, mask,
+                                     args.temperature)
             logprobs[part] = logprob.detach()
-            if iteration == 0:
-                old_logprobs[part] = logprob.detach()                             # [C2]
+            if iteration == 0:  # π is still π_old, so that needs no forward pass of its own [C2]
+                old_logprobs[part] = logprob.detach()
             if iteration == 0 and reference:  # its parameters are frozen, so no_grad is not needed
-                ref_logprobs[part] = token_logprobs(reference, inputs, targets, mask,
-                                                    args.temperature)
-            ratio = importance_ratio(logprob, old_logprobs[part], mask,
-                                     args.importance_sampling_level)
-            loss = policy_loss(ratio, logprob, batch.advantage[rows], args.loss_type,
-                               args.epsilon, args.epsilon_high)
-            if reference:
-                loss = loss + args.beta * kl_estimate(
-                    logprob, old_logprobs[part], ref_logprobs[part])
-            loss = (loss * weight[part]).sum()
-            if dist.is_initialized():
-                # Each process adds up its own gradients. After the last micro-batch FSDP adds up
-                # those of all processes.
-                model.set_requires_gradient_sync(part == batch.micro_batches[-1])
+                ref_logprobs[part] = token_logprobs(
+                    reference(inputs), reference.output_weight(), targets, mask, args.temperature)
+            rows, _ = part
+            loss = grpo_loss(logprob, old_logprobs[part], ref_logprobs[part],
+                             batch.advantage[rows], mask, weight[part], args.loss_type,
+                             args.importance_sampling_level, args.epsilon, args.epsilon_high,
+                             args.beta)
+            sync_gradients(model, part == batch.micro_batches[-1])
             loss.backward()
-            loss_sum += loss.detach() / args.num_iterations
+            mean_loss += loss.detach() / args.num_iterations
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm,
                                              error_if_nonfinite=True)
         optimizer.step()
     metrics = update_metrics(batch, logprobs, old_logprobs, num_tokens, args)
-    return {"loss": all_reduce_sum(loss_sum), "grad_norm": full_tensor(grad_norm)} | metrics
+    return {"loss": all_reduce_sum(mean_loss), "grad_norm": full_tensor(grad_norm)} | metrics
 
 
 def train(args, reward=None):
@@ -389,15 +384,12 @@ def train(args, reward=None):
             optimizer.param_groups[0]["lr"] = args.learning_rate * warmup
             rng = random.Random(f"{args.seed} {log.step}")  # the same in all processes
             examples = [sample_example(rng) for _ in range(args.batch_size)]      # [C8]
-            torch.manual_seed(rng.randrange(2**31) + get_rank())
+            torch.manual_seed(rng.randrange(2**31) + get_rank())  # each process samples its own
             batch, metrics = generate_batch(sampler, tokenizer, local_rows(examples), reward, args)
             sampled_at = time.perf_counter()
             metrics |= update(model, reference, optimizer, batch, args)
             update_sampler(sampler, model)
-            sampled = metrics["length"] * args.batch_size * args.num_generations
-            metrics["sample_tokens_per_second"] = sampled / (sampled_at - start)
-            trained = metrics["trained_tokens"] * args.num_iterations
-            metrics["update_tokens_per_second"] = trained / (time.perf_counter() - sampled_at)
+            metrics |= tokens_per_second(metrics, start, sampled_at, args)
             log.step += 1
             if log.step % eval_every == 0 or log.step == args.max_steps:
                 log.score, transcripts = evaluate(sampler, tokenizer, heldout, reward, args)
@@ -411,6 +403,31 @@ def train(args, reward=None):
 
 
 # --- The algorithm ends here. Below: sampling, the decoder, data, the reward, flags, logging. ---
+
+
+# --- Micro-batches and metrics ---
+
+
+def make_batch(completions, advantage, trained, args):
+    """Pad R completions to a Batch; trained (R,) says which to learn from, advantage is (R,)."""
+    lengths = [len(completion.prompt) + len(completion.tokens) for completion in completions]
+    # Rows to learn from come first, so that the others can be left out. Longer rows come before
+    # shorter ones, so that a micro-batch needs little padding.
+    order = sorted(range(len(lengths)), key=lambda i: (not trained[i], -lengths[i]))
+    rows, device = [completions[i] for i in order], args.device
+    inputs, targets, completion_mask = pad_batch([(row.prompt, row.tokens) for row in rows], device)
+    sampled_logprob = pad_sequence(
+        [torch.tensor([0.0] * len(row.prompt) + row.logprobs) for row in rows], batch_first=True)
+    mask = completion_mask & trained[order].unsqueeze(1).to(device)
+    # FSDP: each process must run the same number of micro-batches. Those with fewer rows to learn
+    # from also run some of the other rows, whose mask is empty.
+    max_rows = int(all_gather(trained.sum().view(1)).max())
+    # Columns beyond the first row of a micro-batch hold no token to learn from: it is the longest.
+    micro_batches = [(slice(start, min(start + args.micro_batch_size, max_rows)),
+                      slice(0, lengths[order[start]] - 1))
+                     for start in range(0, max_rows, args.micro_batch_size)]
+    return Batch(inputs, targets, mask, sampled_logprob[:, 1:].to(device),
+                 advantage[order].to(device), micro_batches)
 
 
 def update_metrics(batch, logprobs, old_logprobs, num_tokens, args):
@@ -432,6 +449,14 @@ def update_metrics(batch, logprobs, old_logprobs, num_tokens, args):
     metrics = {name: all_reduce_sum(value.sum()) / num_tokens for name, value in values.items()}
     return metrics | {"sampler_gap_max": all_gather(gap.max().view(1)).max(),
                       "trained_tokens": num_tokens}
+
+
+def tokens_per_second(metrics, start, sampled_at, args):
+    """Return the speed of sampling and of the update, which begin at these times."""
+    num_sampled = metrics["length"] * args.batch_size * args.num_generations
+    num_trained = metrics["trained_tokens"] * args.num_iterations
+    return {"sample_tokens_per_second": num_sampled / (sampled_at - start),
+            "update_tokens_per_second": num_trained / (time.perf_counter() - sampled_at)}
 
 
 # --- Sampling ---
@@ -473,8 +498,8 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
         if t + 1 == max_completion_length or len(active) == 0:
             break
         hidden = model(token.unsqueeze(1), cache)[:, 0]
-    # A completion ends with its first stop token, which argmax finds. Finished rows may go on after
-    # it, as they are dropped only every 16 tokens.
+    # Cut off what follows the first stop token, which argmax finds. There may be some tokens, as
+    # finished rows are dropped only every 16 tokens.
     first_stop = torch.isin(tokens, stop_ids).int().argmax(1)
     length = torch.where(finished, first_stop + 1, max_completion_length)
     rows = zip(*(x.tolist() for x in (prompt_of_row, tokens, logprobs, length, finished)))
@@ -648,7 +673,10 @@ class Decoder(nn.Module):
                 param.requires_grad_("lora_" in name)
 
     def output_weight(self):
-        """Return the weight (V, D) of the layer that computes the logits from hidden states."""
+        """Return the weight (V, D) that turns hidden states into logits.
+
+        With several processes it is complete only after a forward pass.
+        """
         return getattr(self, "lm_head", self.model.embed_tokens).weight
 
     def forward(self, tokens, cache=None):
@@ -657,7 +685,7 @@ class Decoder(nn.Module):
         With a cache, the first call takes the prompts, each later one the next token of each row.
         """
         position = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-        if cache and cache.used:  # the next token of each row
+        if cache and cache.used:  # the next token: tokens of the prompt and the completion so far
             position = (cache.prompt_length + cache.used - cache.num_prompt_columns).unsqueeze(1)
         frequency = frequencies(self.config, tokens.device)
         angle = position[:, None, :, None] * frequency                            # (., 1, L, E/2)
@@ -783,6 +811,15 @@ def make_model(config, weights, device, args, is_reference=False):
         for block in model.model.layers:
             block.compile(dynamic=True)
     return model
+
+
+def sync_gradients(model, is_last):
+    """Let the next backward pass add up the gradients of all processes, if it is the last one.
+
+    Until then each process adds up its own.
+    """
+    if dist.is_initialized():
+        model.set_requires_gradient_sync(is_last)
 
 
 def make_sampler(model, args):
@@ -1191,7 +1228,8 @@ def pretrain(args, device):
                  tokenizer.encode(example["pretrain_answer"]) + tokenizer.stop_ids)
                 for example in examples]
         inputs, targets, mask = pad_batch(rows, device)
-        loss = -token_logprobs(model, inputs, targets, mask).sum() / mask.sum()
+        logprob = token_logprobs(model(inputs), model.output_weight(), targets, mask)
+        loss = -logprob.sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -77,7 +77,7 @@ def step_ours(model, bf16, steps):
     pairs = [pairs[i] for i in dpo.by_length(pairs, range(16))]
     for _ in range(steps):
         start = time.perf_counter()
-        ref_logprob = dpo.all_answer_logprobs(policy, pairs, args)
+        ref_logprob = dpo.all_answer_logprobs(policy, pairs, args.micro_batch_size, device)
         dpo.update(policy, optimizer, pairs, ref_logprob, args)
         seconds.append(time.perf_counter() - start)
     return seconds

@@ -285,7 +285,8 @@ def dpo_speed(run, name, sizes, rows, **flags):
              for row in rows]
     reference, update = [], []
     for _ in range(sizes["steps"]):
-        ref_logprob, seconds = run.seconds_of(dpo.all_answer_logprobs, model, pairs, args)
+        ref_logprob, seconds = run.seconds_of(dpo.all_answer_logprobs, model, pairs,
+                                              args.micro_batch_size, args.device)
         reference.append(seconds)
         _, seconds = run.seconds_of(dpo.update, model, optimizer, pairs, ref_logprob, args)
         update.append(seconds)

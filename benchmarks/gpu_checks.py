@@ -246,7 +246,8 @@ def check_sampling(run):
     completions = grpo.sample(small_model(grpo, args, run.device, 0), prompts, 4, 24, 1.0, [0])
     rows = [(completion.prompt, completion.tokens) for completion in completions]
     model = small_model(grpo, args, "cpu", 0)
-    logprob = grpo.token_logprobs(model, *grpo.pad_batch(rows, "cpu")).detach()
+    inputs, targets, mask = grpo.pad_batch(rows, "cpu")
+    logprob = grpo.token_logprobs(model(inputs), model.output_weight(), targets, mask).detach()
     sampled = torch.zeros_like(logprob)
     for i, completion in enumerate(completions):
         start = len(completion.prompt) - 1

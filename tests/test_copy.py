@@ -346,3 +346,51 @@ def test_adapters_can_be_merged(digits, monkeypatch):
         torch.testing.assert_close(base.get_parameter(name), third, atol=1e-5, rtol=1e-4)
         changed += not torch.equal(param, before[name])
     assert changed == 14
+
+
+def small_gpt2():
+    """A random GPT-2 of transformers: an architecture that the scripts do not know."""
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=20, n_positions=32, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0,
+        attn_pdrop=0, bos_token_id=0, eos_token_id=0))
+
+
+def plain_logprob(model, prompt, answer):
+    """The sum of log π of the answer's tokens, from the logits of this row alone."""
+    logprob = model(torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
+    return sum(logprob[len(prompt) - 1 + i, token] for i, token in enumerate(answer))
+
+
+def gradient_of(model):
+    return torch.cat([param.grad.flatten() for param in model.parameters()])
+
+
+def test_grpo_with_a_model_of_transformers():
+    model = small_gpt2()
+    rows = [([1, 2], [3, 4, 5, 0]), ([1, 2], [6, 0]), ([7, 8, 9], [0]), ([7, 8, 9], [3, 3, 3])]
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    exec(example("transformers_grpo"), {"grpo": grpo, "model": model, "rows": rows,
+                                        "rewards": rewards})
+    ours = gradient_of(model)
+    model.zero_grad()
+    advantage = [0.5, -0.5, -1.5, 1.5]
+    (-sum(a * plain_logprob(model, *row) for a, row in zip(advantage, rows)) / 10).backward()
+    torch.testing.assert_close(ours, gradient_of(model), atol=1e-5, rtol=1e-4)
+    assert ours.abs().max() > 0.01
+
+
+def test_dpo_with_a_model_of_transformers():
+    model, ref_logprob = small_gpt2(), torch.tensor([[-9.0, -7.0], [-3.0, -8.0]])
+    pairs = [([1, 2], [3, 4, 5, 0], [6, 0]), ([7, 8, 9], [0], [3, 3, 3])]
+    exec(example("transformers_dpo"), {"dpo": dpo, "model": model, "pairs": pairs,
+                                       "ref_logprob": ref_logprob})
+    ours = gradient_of(model)
+    model.zero_grad()
+    loss = 0
+    for (prompt, chosen, rejected), (ref_w, ref_l) in zip(pairs, ref_logprob):
+        difference = plain_logprob(model, prompt, chosen) - plain_logprob(model, prompt, rejected)
+        loss = loss - torch.nn.functional.logsigmoid(0.1 * (difference - (ref_w - ref_l))) / 2
+    loss.backward()
+    torch.testing.assert_close(ours, gradient_of(model), atol=1e-5, rtol=1e-4)
+    assert ours.abs().max() > 0.01

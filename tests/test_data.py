@@ -605,24 +605,21 @@ def test_at_most_a_tenth_of_the_prompts_is_held_out(chatml, tmp_path):
 
 
 def test_every_pair_is_used_once_in_an_epoch():
-    args = dpo.default_args(batch_size=4, seed=3)
-    epochs = [[dpo.batch_indices(5 * epoch + step, 23, args) for step in range(5)]
+    epochs = [[dpo.batch_indices(5 * epoch + step, 23, 4, seed=3) for step in range(5)]
               for epoch in range(3)]
     for epoch in epochs:
         flat = [i for batch in epoch for i in batch]
         assert len(flat) == 20 and len(set(flat)) == 20 and set(flat) <= set(range(23))
     assert epochs[0] != epochs[1] != epochs[2]
-    other = dpo.default_args(batch_size=4, seed=4)
-    assert dpo.batch_indices(0, 23, args) != dpo.batch_indices(0, 23, other)
-    assert dpo.batch_indices(5, 23, args) != dpo.batch_indices(0, 23, other)
+    assert dpo.batch_indices(0, 23, 4, seed=3) != dpo.batch_indices(0, 23, 4, seed=4)
+    assert dpo.batch_indices(5, 23, 4, seed=3) != dpo.batch_indices(0, 23, 4, seed=4)
 
 
 def test_learning_rate_rises_and_falls():
-    args = dpo.default_args(learning_rate=1.0, warmup_ratio=0.2)
-    rates = [dpo.learning_rate_at(step, 10, args) for step in range(10)]
+    rates = [dpo.learning_rate_factor(step, 10, 0.2) for step in range(10)]
     assert rates == pytest.approx([0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
-    args = dpo.default_args(learning_rate=1.0, warmup_ratio=0.0)
-    assert [dpo.learning_rate_at(step, 4, args) for step in range(4)] == [1, 0.75, 0.5, 0.25]
+    rates = [dpo.learning_rate_factor(step, 4, 0.0) for step in range(4)]
+    assert rates == [1, 0.75, 0.5, 0.25]
 
 
 def test_plan_of_a_run(capsys):

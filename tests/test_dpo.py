@@ -77,12 +77,13 @@ def padded(pairs):
     """The rows that answer_logprobs gives the model, (P, 2, L) each."""
     seen = []
 
-    def watch(model, inputs, targets, mask):
-        seen.extend((inputs, targets, mask))
+    def watch(hidden, weight, targets, mask):
+        seen.extend((hidden, targets, mask))
         return torch.zeros(mask.shape)
 
+    model = mock.Mock(side_effect=lambda inputs: inputs)
     with mock.patch.object(dpo, "token_logprobs", watch):
-        dpo.answer_logprobs(None, pairs, CPU)
+        dpo.answer_logprobs(model, pairs, CPU)
     return [tensor.unflatten(0, (-1, 2)) for tensor in seen]
 
 
@@ -137,11 +138,14 @@ def gradient(model, pairs, ref_logprob, args, order=None):
 # The loss
 
 
+ONE = torch.ones(1, 2)  # answers of one token
+
+
 def test_at_the_reference_the_loss_is_log_2():
     logprob = -torch.rand(5, 2) * 9
-    loss = dpo.preference_loss(logprob, logprob, 0.1, "sigmoid")
+    loss = dpo.preference_loss(logprob, logprob, ONE, 0.1, "sigmoid")
     torch.testing.assert_close(loss, torch.full((5,), math.log(2)))
-    ipo = dpo.preference_loss(logprob, logprob, 0.1, "ipo")
+    ipo = dpo.preference_loss(logprob, logprob, ONE, 0.1, "ipo")
     torch.testing.assert_close(ipo, torch.full((5,), 25.0))
 
 
@@ -149,7 +153,7 @@ def test_gradient_weighs_pairs_by_how_wrong_the_reward_is():
     """β σ(R_l − R_w), up for the chosen and down for the rejected answer."""
     logprob = (-torch.rand(7, 2) * 9).requires_grad_()
     ref, beta = -torch.rand(7, 2) * 9, 0.3
-    dpo.preference_loss(logprob, ref, beta, "sigmoid").sum().backward()
+    dpo.preference_loss(logprob, ref, ONE, beta, "sigmoid").sum().backward()
     reward = beta * (logprob - ref).detach()
     weight = beta * torch.sigmoid(reward[:, 1] - reward[:, 0])
     torch.testing.assert_close(logprob.grad, torch.stack([-weight, weight], 1))
@@ -163,7 +167,7 @@ def test_loss_with_smoothing_and_margin_by_the_formula(smoothing, margin):
         z = beta * ((win - ref_w) - (lose - ref_l)) - margin
         right, wrong = math.log(1 + math.exp(-z)), math.log(1 + math.exp(z))
         expected.append((1 - smoothing) * right + smoothing * wrong)
-    loss = dpo.preference_loss(logprob, ref, beta, "sigmoid", smoothing, margin)
+    loss = dpo.preference_loss(logprob, ref, ONE, beta, "sigmoid", smoothing, margin)
     torch.testing.assert_close(loss, torch.tensor(expected), atol=1e-5, rtol=1e-5)
 
 
@@ -219,8 +223,8 @@ def test_loss_and_gradient_equal_trl(loss_type, normalize, theirs):
     for ours in (True, False):
         logprob = (ref + torch.sin(torch.arange(10.0)).view(5, 2)).requires_grad_()
         if ours:
-            scale = 1 / length if normalize else torch.ones_like(length)
-            loss = dpo.preference_loss(logprob * scale, ref * scale, 0.2, loss_type).mean()
+            loss = dpo.preference_loss(logprob, ref, length, 0.2, loss_type,
+                                       length_normalize=normalize).mean()
         else:
             loss = trl_loss(logprob, ref, length, 0.2, theirs)
         loss.backward()
@@ -244,7 +248,8 @@ def test_dpo_on_a_table_reaches_the_closed_form():
     def closure():
         optimizer.zero_grad()
         logprob = theta.log_softmax(-1)
-        loss = (weight * dpo.preference_loss(logprob[pairs], ref[pairs], beta, "sigmoid")).sum()
+        losses = dpo.preference_loss(logprob[pairs], ref[pairs], ONE, beta, "sigmoid")
+        loss = (weight * losses).sum()
         loss.backward()
         return loss
 
@@ -258,7 +263,7 @@ def test_dpo_on_a_table_reaches_the_closed_form():
 @pytest.mark.parametrize("smoothing, loss", [(0.0, 1000.0), (0.25, 750.0)])
 def test_loss_of_large_differences_is_finite(smoothing, loss):
     logprob = torch.tensor([[-500.0, 500.0]], requires_grad=True)
-    ours = dpo.preference_loss(logprob, torch.zeros(1, 2), 1.0, "sigmoid", smoothing)
+    ours = dpo.preference_loss(logprob, torch.zeros(1, 2), ONE, 1.0, "sigmoid", smoothing)
     ours.sum().backward()
     assert ours.item() == loss and logprob.grad.isfinite().all()
 
@@ -326,17 +331,17 @@ def test_pairs_are_sorted_longest_first():
 def test_scores_equal_plain_rows(micro_batch_size):
     """In the order of the pairs. Prompt tokens do not count, the stop token does."""
     model, pairs = make_tiny(), random_pairs(7)
-    scores = dpo.all_answer_logprobs(model, pairs, flags(micro_batch_size=micro_batch_size))
+    scores = dpo.all_answer_logprobs(model, pairs, micro_batch_size, CPU)
     torch.testing.assert_close(scores, plain_scores(model, pairs), atol=1e-4, rtol=1e-5)
     assert not scores.requires_grad
 
 
 def test_log_probabilities_do_not_depend_on_the_chunks():
     model = make_tiny()
-    rows = [tensor.flatten(0, 1) for tensor in padded(random_pairs(4))]
+    inputs, *rows = [tensor.flatten(0, 1) for tensor in padded(random_pairs(4))]
     results = []
     for size in (1, 7, 1024):
-        logprob = dpo.token_logprobs(model, *rows, chunk_size=size)
+        logprob = dpo.token_logprobs(model(inputs), model.output_weight(), *rows, chunk_size=size)
         model.zero_grad()
         logprob.sum().backward()
         results.append((logprob.detach(), flat_gradient(model)))
@@ -388,12 +393,12 @@ def test_half_a_batch_has_half_the_gradient():
 
 def test_an_update_prefers_the_better_answer():
     model, pairs, args = make_tiny(), random_pairs(4), flags(batch_size=4)
-    reference = dpo.all_answer_logprobs(model, pairs, args)
+    reference = dpo.all_answer_logprobs(model, pairs, 4, CPU)
     metrics = dpo.update(model, torch.optim.SGD(model.parameters(), 1e-3), pairs, reference,
                          dataclasses.replace(args, micro_batch_size=1))
     assert metrics["loss"].item() == pytest.approx(math.log(2), rel=1e-5)
     assert metrics["grad_norm"] > 0
-    after = dpo.all_answer_logprobs(model, pairs, args) - reference
+    after = dpo.all_answer_logprobs(model, pairs, 4, CPU) - reference
     assert ((after[:, 0] - after[:, 1]) > 0).all()
 
 
@@ -1181,8 +1186,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(
     loss, batch_indices, batches = dpo.preference_loss, dpo.batch_indices, []
     monkeypatch.setattr(dpo, "batch_indices", lambda *args: (
         batches.append(args), batch_indices(*args))[1])
-    monkeypatch.setattr(dpo, "preference_loss", lambda *args: (
-        loss(*args) * (math.nan if len(batches) == 3 else 1)))
+    monkeypatch.setattr(dpo, "preference_loss", lambda *args, **options: (
+        loss(*args, **options) * (math.nan if len(batches) == 3 else 1)))
     with pytest.raises(RuntimeError, match="non-finite"):
         call(capsys, *llama, "--run-dir", tmp_path)
     saved = read_checkpoint(tmp_path)
@@ -1289,8 +1294,8 @@ def test_lora_trains_adapters_only():
     """They start at 0; the model's own weights get no gradient."""
     model, whole, pairs = make_tiny(lora_rank=2), make_tiny(), random_pairs()
     args = flags()
-    before = dpo.all_answer_logprobs(model, pairs, args)
-    torch.testing.assert_close(before, dpo.all_answer_logprobs(whole, pairs, args))
+    before = dpo.all_answer_logprobs(model, pairs, 4, CPU)
+    torch.testing.assert_close(before, dpo.all_answer_logprobs(whole, pairs, 4, CPU))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.1)
     order = dpo.by_length(pairs, range(6))
     for _ in range(2):
@@ -1300,7 +1305,7 @@ def test_lora_trains_adapters_only():
         assert torch.equal(weight, dict(model.named_parameters())[name])
     assert len(changed) == 28 and all(
         dict(model.named_parameters())[name].any() for name in changed)
-    assert not torch.allclose(dpo.all_answer_logprobs(model, pairs, args), before)
+    assert not torch.allclose(dpo.all_answer_logprobs(model, pairs, 4, CPU), before)
 
 
 # Runs of the tiny GPT
@@ -1410,7 +1415,7 @@ def learn(rank):
         shard = param.to_local() if hasattr(param, "to_local") else param
         rows = math.ceil(len(param) / (2 if hasattr(param, "to_local") else 1))
         assert shard.untyped_storage().nbytes() <= 4 * rows * math.prod(param.shape[1:]), name
-    reference = dpo.all_answer_logprobs(make_tiny(seed=1), pairs, args)
+    reference = dpo.all_answer_logprobs(make_tiny(seed=1), pairs, 4, CPU)
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer, metrics = torch.optim.SGD(params, 0.5, 0.9), []
     for numbers in ([0, 3, 5, 8, 2, 1], [1, 2, 4, 6, 7, 8], [8, 0, 1, 2, 3, 4]):

@@ -118,9 +118,12 @@ def test_presets_equal_the_table_of_the_docstring():
     rows = [line.split() for line in grpo.__doc__.splitlines()
             if line.split() and line.split()[0] in grpo.PRESETS]
     assert [name for name, *_ in rows] == list(grpo.PRESETS)
-    for name, advantage, loss_type, level, epsilon, epsilon_high, beta, *_ in rows:
+    means = {"grpo": "completion", "dr_grpo": "constant", "dapo": "tokens", "cispo": "tokens"}
+    for name, advantage, loss_type, mean, level, epsilon, epsilon_high, beta, *_ in rows:
         args = grpo.default_args(preset=name)
-        shown = (advantage, loss_type, level, float(epsilon), float(epsilon_high), float(beta))
+        assert mean == means[loss_type] and (epsilon == "–") == (loss_type == "cispo")
+        low = 0.2 if epsilon == "–" else float(epsilon)  # not used by "cispo"
+        shown = (advantage, loss_type, level, low, float(epsilon_high), float(beta))
         assert shown == (args.scale_rewards, args.loss_type, args.importance_sampling_level,
                          args.epsilon, args.epsilon_high, args.beta)
 
@@ -245,10 +248,9 @@ def test_loss_and_gradient_equal_trl(loss_type, level, beta):
     for ours in (True, False):
         logprob = (old + 0.4 * torch.sin(torch.arange(28.0)).view(4, 7)).requires_grad_()
         if ours:
-            ratio = grpo.importance_ratio(logprob, old, mask, level)
-            loss = grpo.policy_loss(ratio, logprob, advantage, loss_type, 0.2, 0.3)
-            loss = loss + beta * grpo.kl_estimate(logprob, old, ref)
-            loss = (loss * grpo.token_weight(mask, loss_type, 4, mask.sum(), 9)).sum()
+            weight = grpo.token_weight(mask, loss_type, 4, mask.sum(), 9)
+            loss = grpo.grpo_loss(logprob, old, ref, advantage, mask, weight, loss_type, level,
+                                  0.2, 0.3, beta)
         else:
             high = 1.3 if loss_type == "cispo" else 0.3  # TRL's is the bound itself there
             loss = trl_loss(logprob, old, advantage, mask, ref, loss_type, level, 0.2, high, beta)
@@ -558,7 +560,8 @@ def test_token_logprobs_equal_plain_full_logits(changes, temperature):
     scale, grads = torch.sin(torch.arange(float(mask.sum()))), []
     for chunk_size in (1, 7, 1024):
         model.zero_grad()
-        ours = grpo.token_logprobs(model, inputs, targets, mask, temperature, chunk_size)
+        ours = grpo.token_logprobs(model(inputs), model.output_weight(), targets, mask, temperature,
+                                   chunk_size)
         assert ours.shape == mask.shape and (ours[~mask] == 0).all()
         (ours[mask] * scale).sum().backward()
         grads.append(flat_gradient(model))
@@ -581,7 +584,9 @@ def test_logits_of_all_tokens_are_never_in_memory(monkeypatch):
 
     monkeypatch.setattr(F, "linear", watch)
     inputs, targets, mask = grpo.pad_batch([([1], [2, 3, 4, 5, 0])] * 5, CPU)
-    grpo.token_logprobs(tiny(), inputs, targets, mask, 1.0, 10).sum().backward()
+    model = tiny()
+    logprob = grpo.token_logprobs(model(inputs), model.output_weight(), targets, mask, 1.0, 10)
+    logprob.sum().backward()
     assert sizes == [10, 10, 5, 5, 10, 10] or sorted(sizes) == [5, 5, 10, 10, 10, 10]
 
 
@@ -735,7 +740,9 @@ def moved(model, args, rows):
     """Log-probabilities of the rows' completions, in one vector."""
     inputs, targets, mask = grpo.pad_batch(rows, CPU)
     with torch.no_grad():
-        return grpo.token_logprobs(model, inputs, targets, mask, args.temperature)[mask]
+        logprob = grpo.token_logprobs(model(inputs), model.output_weight(), targets, mask,
+                                      args.temperature)
+    return logprob[mask]
 
 
 def test_bf16_sampler_follows_small_lora_adapters():
