@@ -151,14 +151,14 @@ def preference_loss(logprob, ref_logprob, length, beta, loss_type="sigmoid", lab
     sums over their tokens; length (P, 2) is the number of tokens.
     """
     nll = -logprob[:, 0] / length[:, 0]  # of the chosen answer, per token
-    log_ratio = logprob - ref_logprob
+    log_ratio = logprob - ref_logprob                                             # (5), over β
     if length_normalize:
         log_ratio = log_ratio / length
     log_ratio_diff = log_ratio[:, 0] - log_ratio[:, 1]                            # Δ or Δ'
     if loss_type == "ipo":
         return (log_ratio_diff - 1 / (2 * beta)).square() + nll_coef * nll
     logit = beta * log_ratio_diff - gamma_margin
-    loss, flipped_loss = -F.logsigmoid(logit), -F.logsigmoid(-logit)              # (7)
+    loss, flipped_loss = -F.logsigmoid(logit), -F.logsigmoid(-logit)              # (1), (7)
     loss = (1 - label_smoothing) * loss + label_smoothing * flipped_loss          # [C1]
     return loss + nll_coef * nll
 
@@ -205,6 +205,19 @@ def pad_batch(rows, device):
     mask = pad_sequence([torch.arange(len(prompt) + len(completion)) >= len(prompt)  # [C6]
                          for prompt, completion in rows], batch_first=True)
     return tokens[:, :-1].to(device), tokens[:, 1:].to(device), mask[:, 1:].to(device)
+
+
+def encode_answer(text, tokenizer):
+    """Return the token ids of an answer, which end with a stop token.
+
+    White space after the last stop token, from the chat template, is cut off. An answer that does
+    not end with a stop token gets one.
+    """
+    ids = tokenizer.encode(text)                                                  # [C4]
+    ends = [i + 1 for i, token in enumerate(ids) if token in tokenizer.stop_ids]
+    if ends and not tokenizer.decode(ids[ends[-1]:]).strip():
+        return ids[:ends[-1]]
+    return ids + tokenizer.stop_ids[:1]                                           # [C6]
 
 
 class Pair(NamedTuple):
@@ -269,12 +282,6 @@ def learning_rate_factor(step, num_steps, warmup_ratio):
     rise = (step + 1) / max(warmup_steps, 1)
     fall = (num_steps - step) / max(num_steps - warmup_steps, 1)
     return min(rise, fall, 1)                                                     # [C3]
-
-
-def loss_options(args):
-    """Return the flags of preference_loss, by name."""
-    names = ("beta", "loss_type", "label_smoothing", "gamma_margin", "length_normalize", "nll_coef")
-    return {name: getattr(args, name) for name in names}
 
 
 def update(model, optimizer, pairs, ref_logprob, args):
@@ -350,6 +357,13 @@ def train(args):
 # --- Metrics ---
 
 
+def loss_options(args):
+    """Return the flags of preference_loss, by name."""
+    return {"beta": args.beta, "loss_type": args.loss_type,
+            "label_smoothing": args.label_smoothing, "gamma_margin": args.gamma_margin,
+            "length_normalize": args.length_normalize, "nll_coef": args.nll_coef}
+
+
 def mean_metrics(logprob, ref_logprob, length, args):
     """Compute means over the pairs, by name; see preference_loss for the arguments.
 
@@ -362,7 +376,7 @@ def mean_metrics(logprob, ref_logprob, length, args):
     loss = preference_loss(logprob, ref_logprob, length, **loss_options(args))
     if args.length_normalize:                                                     # [C1]
         logprob, ref_logprob = logprob / length, ref_logprob / length
-    reward = args.beta * (logprob - ref_logprob)                                  # (5), without Z
+    reward = args.beta * (logprob - ref_logprob)
     margin = reward[:, 0] - reward[:, 1]
     correct = (margin > 0).float()
     fell = (logprob < ref_logprob)[:, 0].float()
@@ -844,19 +858,6 @@ def read_pair(row, tokenizer, max_length):
     return (split_hash(prompt), pair) if pair.chosen != pair.rejected else None
 
 
-def encode_answer(text, tokenizer):
-    """Return the token ids of an answer, which end with a stop token.
-
-    White space after the last stop token, from the chat template, is cut off. An answer that does
-    not end with a stop token gets one.
-    """
-    ids = tokenizer.encode(text)                                                  # [C4]
-    ends = [i + 1 for i, token in enumerate(ids) if token in tokenizer.stop_ids]
-    if ends and not tokenizer.decode(ids[ends[-1]:]).strip():
-        return ids[:ends[-1]]
-    return ids + tokenizer.stop_ids[:1]                                           # [C6]
-
-
 def split_row(row):
     """Return prompt, chosen and rejected of a row: three texts, or three lists of messages.
 
@@ -1059,7 +1060,7 @@ def make_pairs(model, tokenizer, count, held_out, args):
             choices = list(itertools.combinations(different, 2))
             for first, second in rng.sample(choices, min(4, len(choices))):
                 difference = digit_reward(first, example) - digit_reward(second, example)
-                first_is_better = rng.random() < 1 / (1 + math.exp(-difference))      # (1)
+                first_is_better = rng.random() < 1 / (1 + math.exp(-difference))
                 chosen, rejected = (first, second) if first_is_better else (second, first)
                 pairs.append({"prompt": example["prompt"], "chosen": chosen, "rejected": rejected})
     return pairs[:count]

@@ -15,15 +15,13 @@ completion. Equation numbers refer to DeepSeekMath, arXiv 2402.03300:
     Â_i = (r_i − mean r) / std r                             over the G completions of a prompt
     ρ_it = π(o_it | q, o_i<t) / π_old(o_it | q, o_i<t)                       of token t
     J = E[ 1/G Σ_i 1/|o_i| Σ_t (min(ρ_it Â_i, clip(ρ_it, 1−ε, 1+ε) Â_i) − β k3_it) ]   (3)
-    k3_it = x − log x − 1 with x = π_ref/π of token t; it estimates KL(π‖π_ref)        (4)
+    k3_it = u − log u − 1 with u = π_ref/π of token t; it estimates KL(π‖π_ref)        (4)
 
 --preset grpo is this, except for [C3] and [C4]. The default is simpler: Â_i = r_i − mean r; β = 0,
 so there is no reference policy π_ref; and the mean is over all tokens of the batch, 1 / Σ_i |o_i|
 instead of 1/G Σ_i 1/|o_i|. It clips ρ to [0.8, 1.28].
 
-Read train first, then generate_batch and update, then the functions that update calls.
-
-Implementation choices:
+Read train first, then generate_batch and update. Implementation choices:
 [C1] --preset selects a variant. "mean" is over all tokens of the batch, or over the tokens of each
      completion and then over completions, or the sum is divided by a constant (token_weight).
                 scale          loss type  mean        ratio     ε       ε_high  β     arXiv
@@ -41,8 +39,8 @@ Implementation choices:
      still π_old. So ρ = 1, nothing is clipped, and the value of the loss says nothing about
      progress. But the gradient is not 0: ∇ρ = ρ ∇log π = ∇log π. So the gradient of a token's loss
      is −Â ∇log π, as in REINFORCE with a baseline. The clip range, "cispo" and the ratio of a
-     sequence make a difference only with --num-iterations > 1.
-     The trainer computes log π_old. The log π of the sampler is used in metrics only.
+     sequence matter only with --num-iterations > 1. The trainer computes log π_old; the log π of
+     the sampler is used in metrics only.
 [C3] The KL term is ρ k3. Given the tokens before it, o_t comes from π_old, so the mean of ρ k3 is
      KL(π‖π_ref) of this token, and the mean of its gradient is the gradient of this KL. The paper
      leaves out ρ: with π = π_old the value is the same, but the gradient is that of KL(π_ref‖π),

@@ -357,6 +357,7 @@ VARIANTS = {
     "IPO of TRL": {"loss_type": "ipo", "length_normalize": True},
     "SimPO": {"length_normalize": True, "reference_free": True, "gamma_margin": 0.4},
     "RPO": {"nll_coef": 0.5},
+    "IPO with the term of RPO": {"loss_type": "ipo", "nll_coef": 0.5},
 }
 
 
