@@ -84,7 +84,7 @@ import time
 from array import array
 from collections import Counter
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -113,7 +113,7 @@ class Args:
     max_length: int = 1024  # tokens of prompt and answer; longer answers are cut at the end
     seed: int = 1
     num_epochs: int = 4  # how often to learn from each pair; with --model 1
-    max_steps: int | None = None  # batches to learn from, instead of --num-epochs
+    max_steps: int = 0  # batches to learn from; 0: --num-epochs decides
     batch_size: int = 256  # pairs per batch, over all processes; with --model 16
     learning_rate: float = 5e-4  # highest of AdamW [C3]; with --model 1e-6, and with LoRA 1e-4
     warmup_ratio: float = 0.1  # share of the batches in which the learning rate grows [C3]
@@ -356,22 +356,21 @@ def mean_metrics(logprob, ref_logprob, length, args):
     accuracy: how often the chosen answer has the higher reward r̂; in the first batch π is π_ref,
     so that it has no meaning. accuracy_longer: the same where chosen is the longer answer; NaN if
     there are no such pairs. chosen_fell: how often log π of the chosen answer is below its log
-    π_ref, which the loss allows; NaN without a reference. With --length-normalize rewards and
+    π_ref, which the loss allows; always 1 without a reference. With --length-normalize rewards and
     log-probabilities are per token.
     """
     loss = pair_losses(logprob, ref_logprob, length, args)
     if args.length_normalize:                                                     # [C1]
         logprob, ref_logprob = logprob / length, ref_logprob / length
     reward = args.beta * (logprob - ref_logprob)
-    margin = reward[:, 0] - reward[:, 1]
-    correct = (margin > 0).float()
-    fell = (logprob < ref_logprob)[:, 0].float()
-    return {"loss": loss.mean(), "accuracy": correct.mean(), "margin": margin.mean(),
-            "accuracy_longer": correct[length[:, 0] > length[:, 1]].mean(),
-            "accuracy_shorter": correct[length[:, 0] < length[:, 1]].mean(),
-            "reward_chosen": reward[:, 0].mean(), "reward_rejected": reward[:, 1].mean(),
-            "logprob_chosen": logprob[:, 0].mean(), "logprob_rejected": logprob[:, 1].mean(),
-            "chosen_fell": torch.tensor(math.nan) if args.reference_free else fell.mean()}
+    correct = (reward[:, 0] > reward[:, 1]).float()
+    values = {"loss": loss, "accuracy": correct, "margin": reward[:, 0] - reward[:, 1],
+              "accuracy_longer": correct[length[:, 0] > length[:, 1]],
+              "accuracy_shorter": correct[length[:, 0] < length[:, 1]],
+              "reward_chosen": reward[:, 0], "reward_rejected": reward[:, 1],
+              "logprob_chosen": logprob[:, 0], "logprob_rejected": logprob[:, 1],
+              "chosen_fell": (logprob < ref_logprob)[:, 0].float()}
+    return {name: value.mean() for name, value in values.items()}
 
 
 def evaluate(model, pairs, ref_logprob, args):
@@ -1130,22 +1129,14 @@ def setup(args):
     if dist.is_torchelastic_launched():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=2))  # while one process saves, others wait
+        dist.init_process_group(timeout=timedelta(hours=2))  # while one process saves, others wait
         world_size = dist.get_world_size()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     if args.batch_size % world_size:
         raise SystemExit(f"--batch-size {args.batch_size}: not divisible by {world_size} processes")
     if args.run_dir and not args.resume and any(Path(args.run_dir).glob("*.pt")):
         raise SystemExit(f"--run-dir {args.run_dir}: holds a run already; choose another folder")
     if bool(args.data) != bool(args.model):
         raise SystemExit("--model and --data: give both, or neither for the tiny GPT")
-    try:
-        json.loads(args.chat_template_kwargs).items()
-    except (ValueError, AttributeError) as error:
-        raise SystemExit("--chat-template-kwargs: expected a JSON object") from error
-    if args.eval_pairs < 1 or args.max_steps == 0:
-        raise SystemExit("--eval-pairs and --max-steps must be at least 1")
     if args.loss_type == "ipo" and (args.label_smoothing or args.gamma_margin):
         raise SystemExit("--loss-type ipo: has no --label-smoothing and no --gamma-margin")
     torch.manual_seed(args.seed)  # the same weights in all processes
@@ -1165,13 +1156,17 @@ def get_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def all_gather_object(value):
+    """Return the values of all processes, in order of rank. It waits until all have called it."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def all_gather(tensor):
     """Return the rows (n, ...) of all processes as one tensor on the CPU, in order of rank."""
-    if not dist.is_initialized():
-        return tensor.cpu()
-    tensors = [None] * dist.get_world_size()
-    dist.all_gather_object(tensors, tensor.cpu())
-    return torch.cat(tensors)
+    return torch.cat(all_gather_object(tensor.cpu()))
 
 
 def local_rows(rows):
@@ -1187,12 +1182,12 @@ def load_checkpoint(folder):
     return torch.load(Path(folder) / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
 
 
-# The attributes of Logger that a checkpoint keeps.
-PROGRESS = ("step", "seconds", "score", "csv_size", "before", "heldout", "ref_logprob",
-            "data_hash", "wandb_id")
+# The attributes of Logger that a checkpoint keeps, as they are at the start.
+PROGRESS = {"step": 0, "seconds": 0.0, "score": math.nan, "csv_size": 0, "before": None,
+            "heldout": {}, "ref_logprob": None, "data_hash": None, "wandb_id": None}
 
 
-class Logger:
+class Logger(contextlib.AbstractContextManager):
     """Writes the run's folder (args.json, metrics.csv, checkpoint.pt), progress bar and wandb.
 
     With --resume it loads the model, the optimizer and the progress. before: evaluate_sums before
@@ -1202,19 +1197,16 @@ class Logger:
 
     def __init__(self, args, model, optimizer):
         self.args, self.model, self.optimizer = args, model, optimizer
-        self.step, self.seconds, self.score, self.csv_size = 0, 0.0, math.nan, 0
-        self.before, self.heldout, self.ref_logprob, self.data_hash = None, {}, None, None
-        self.wandb, self.wandb_id, self.interrupted = None, None, False
-        task = Path(args.data).stem or "addition"
-        name = f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        shared = [f"{name}-{time.time_ns() % 10**9}"]
-        if dist.is_initialized():
-            dist.broadcast_object_list(shared)  # that of process 0
-        self.dir = Path(args.resume or args.run_dir or f"runs/{shared[0]}")
+        self.wandb, self.interrupted = None, False
+        vars(self).update(PROGRESS)
+        name = f"{Path(__file__).stem}-{Path(args.data).stem or 'addition'}-{args.seed}"
+        name += f"-{datetime.now():%Y%m%d-%H%M%S-%f}"  # process 0 decides
+        self.dir = Path(args.resume or args.run_dir or f"runs/{all_gather_object(name)[0]}")
         if args.resume:
             self.load()
         self.start, self.saved_at = time.perf_counter() - self.seconds, time.perf_counter()
         self.bar = tqdm(initial=self.step, unit=" batches", disable=get_rank() > 0 or None)
+        self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
         if get_rank() > 0:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -1236,9 +1228,7 @@ class Logger:
 
     def stopped(self):
         """Whether Ctrl-C was pressed in any process; the same in all."""
-        interrupted = bool(all_gather(torch.tensor([self.interrupted])).any())
-        self.interrupted = self.interrupted or interrupted  # it may have changed in the meantime
-        return interrupted
+        return any(all_gather_object(self.interrupted))
 
     def write(self, **metrics):
         """Log one batch; save a checkpoint from time to time."""
@@ -1254,8 +1244,8 @@ class Logger:
             self.csv_size = self.csv.tell()
             if self.wandb:
                 self.wandb.log(row, step=self.step)
-        waited = all_gather(torch.tensor([time.perf_counter() - self.saved_at]))
-        if waited[0] >= self.args.checkpoint_seconds:  # by the clock of the first process
+        waited = all_gather_object(time.perf_counter() - self.saved_at)[0]  # clock of process 0
+        if waited >= self.args.checkpoint_seconds:
             self.save()
 
     def save(self):
@@ -1266,17 +1256,15 @@ class Logger:
         """
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True,
                                        ignore_frozen_params=bool(self.args.model))
-        state = {"args": asdict(self.args), "optimizer": None,
-                 "progress": {name: getattr(self, name) for name in PROGRESS},
-                 "model": dcp.get_model_state_dict(self.model, options=options)}
-        if self.optimizer.state:  # if it is empty, dcp would take a step to create it
-            state["optimizer"] = dcp.get_optimizer_state_dict(
-                self.model, self.optimizer, options=options)
+        # Before the first step the optimizer has no state, and dcp would take a step to create it.
+        optimizers = [self.optimizer] if self.optimizer.state else []
+        weights, optimizer = dcp.get_state_dict(self.model, optimizers, options=options)
+        state = {"args": asdict(self.args), "model": weights, "optimizer": optimizer,
+                 "progress": {name: getattr(self, name) for name in PROGRESS}}
         if get_rank() == 0:  # first under another name, so that it is never partly written
             torch.save(state, self.dir / "checkpoint.tmp")
             (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
-        if dist.is_initialized():
-            dist.barrier()  # torchrun may end process 0 when the others leave
+        all_gather_object(None)  # wait: torchrun may end process 0 when the others leave
         self.saved_at = time.perf_counter()
 
     def load(self):
@@ -1284,14 +1272,9 @@ class Logger:
         saved = load_checkpoint(self.args.resume)
         vars(self).update(saved["progress"])
         options = dcp.StateDictOptions(full_state_dict=True, strict=False)
-        dcp.set_model_state_dict(self.model, saved["model"], options=options)
-        if saved["optimizer"]:
-            dcp.set_optimizer_state_dict(
-                self.model, self.optimizer, saved["optimizer"], options=options)
-
-    def __enter__(self):
-        self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
-        return self
+        optimizers = [self.optimizer] if saved["optimizer"] else []
+        dcp.set_state_dict(self.model, optimizers, model_state_dict=saved["model"],
+                           optim_state_dict=saved["optimizer"], options=options)
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
@@ -1299,12 +1282,11 @@ class Logger:
         if kind is None or (issubclass(kind, Exception) and not dist.is_initialized()):
             self.save()
         signal.signal(signal.SIGINT, self.old_handler)
-        if kind is None:
-            self.stopped()  # after that, self.interrupted is the same in all processes
+        stopped = kind is KeyboardInterrupt or (kind is None and self.stopped())
         if get_rank() == 0 and kind is not SystemExit:  # a mistake of the user's has its own line
             print(f"score {self.score:.3f} after {self.step} batches, {self.seconds:.0f} s; "
                   f"files in {self.dir}")
-        if self.interrupted and kind in (None, KeyboardInterrupt):
+        if stopped:
             raise SystemExit(130)
 
 

@@ -831,8 +831,6 @@ def test_help_shows_the_defaults_of_the_model(capsys):
         (["--model", "/x"], ["--model", "--data"]),
         (["--data", "/nowhere.jsonl"], ["--model", "--data"]),
         (["--model", "/nowhere/at/all", "--data", __file__], ["--model /nowhere/at/all"]),
-        (["--eval-pairs", 0], ["--eval-pairs", "at least 1"]),
-        (["--max-steps", 0], ["--max-steps", "at least 1"]),
         (["--loss-type", "ipo", "--gamma-margin", 1], ["--loss-type ipo", "--gamma-margin"]),
         (["--loss-type", "ipo", "--label-smoothing", 0.1], ["--label-smoothing"]),
         (["--resume", "/nowhere"], ["/nowhere", "not a run"]),
@@ -1111,7 +1109,8 @@ def test_a_second_ctrl_c_stops_at_once(llama, tmp_path, capsys, monkeypatch):
 def test_ctrl_c_during_the_exchange_is_not_lost(monkeypatch):
     log = dpo.Logger.__new__(dpo.Logger)
     log.interrupted = False
-    monkeypatch.setattr(dpo, "all_gather", lambda sent: setattr(log, "interrupted", True) or sent)
+    monkeypatch.setattr(dpo, "all_gather_object", lambda sent: (
+        setattr(log, "interrupted", True) or [sent]))
     assert not log.stopped()  # the other processes do not know of it yet
     assert log.interrupted
 
@@ -1133,7 +1132,7 @@ def test_after_an_error_in_one_of_several_processes_nothing_is_saved(processes, 
 def test_checkpoints_go_by_the_clock_of_the_first_process(waited, saved, monkeypatch):
     log, saves = dpo.Logger.__new__(dpo.Logger), []
     monkeypatch.setattr(dpo, "get_rank", lambda: 1)
-    monkeypatch.setattr(dpo, "all_gather", lambda _: torch.tensor(waited))
+    monkeypatch.setattr(dpo, "all_gather_object", lambda _: waited)
     bar = SimpleNamespace(set_postfix=lambda **_: None, update=lambda: None)
     vars(log).update(args=flags(), bar=bar, start=0.0, saved_at=0.0, score=0.0,
                      save=lambda: saves.append(1))
