@@ -88,15 +88,17 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import huggingface_hub
+import jinja2.sandbox
+import safetensors.torch
+import tokenizers
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
 import tyro
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -287,10 +289,10 @@ def update(model, optimizer, pairs, ref_logprob, args):
         logprob = answer_logprobs(model, pairs[part], args.device)                # (M, 2)
         loss = pair_losses(logprob, ref_logprob[part], length[part], args)        # (M,)
         if dist.is_initialized():
-            # Each process adds up its own gradients. After the last micro-batch FSDP adds up those
-            # of all processes, so the divisor is the number of all pairs.
+            # Each process adds up its own gradients. After the last micro-batch FSDP averages those
+            # of all processes, which have equally many pairs.
             model.set_requires_gradient_sync(part.stop >= len(pairs))
-        (loss.sum() / args.batch_size).backward()                                 # [C5]
+        (loss.sum() / len(pairs)).backward()                                      # [C5]
         logprobs[part] = logprob.detach()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm,
                                          error_if_nonfinite=True)
@@ -392,14 +394,13 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features, out_features, bias=False, rank=0):
         super().__init__(in_features, out_features, bias)
-        self.rank = rank
         if rank:
             self.lora_a = nn.Parameter(torch.empty(rank, in_features))
             self.lora_b = nn.Parameter(torch.zeros(out_features, rank))
 
     def forward(self, x):
         y = super().forward(x)
-        if self.rank:
+        if hasattr(self, "lora_a"):
             y = y + LORA_SCALE * F.linear(F.linear(x, self.lora_a), self.lora_b)
         return y
 
@@ -417,10 +418,9 @@ class Attention(nn.Module):
         self.k_proj = Linear(width, kv_size, bias, rank)
         self.v_proj = Linear(width, kv_size, bias, rank)
         self.o_proj = Linear(q_size, width, False, rank)
-        has_norm = config["model_type"] == "qwen3"
-        eps = config["rms_norm_eps"]
-        self.q_norm = nn.RMSNorm(self.head_dim, eps) if has_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps) if has_norm else nn.Identity()
+        norm = nn.RMSNorm if config["model_type"] == "qwen3" else nn.Identity
+        self.q_norm = norm(self.head_dim, config["rms_norm_eps"])
+        self.k_norm = norm(self.head_dim, config["rms_norm_eps"])
 
     def forward(self, x, rotation):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -437,33 +437,27 @@ def rotate(x, cos, sin):
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
 
-class MLP(nn.Module):
-    """SwiGLU: Shazeer (2020), arXiv 2002.05202."""
+class Block(nn.Module):
+    """A transformer block: attention and MLP, each with a norm before and a residual around it.
+
+    The MLP is SwiGLU: Shazeer (2020), arXiv 2002.05202.
+    """
 
     def __init__(self, config, rank):
         super().__init__()
         width, inner = config["hidden_size"], config["intermediate_size"]
-        self.gate_proj = Linear(width, inner, False, rank)
-        self.up_proj = Linear(width, inner, False, rank)
-        self.down_proj = Linear(inner, width, False, rank)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Block(nn.Module):
-    """A transformer block: attention and MLP, each with a norm before and a residual around it."""
-
-    def __init__(self, config, rank):
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
+        self.input_layernorm = nn.RMSNorm(width, config["rms_norm_eps"])
         self.self_attn = Attention(config, rank)
-        self.post_attention_layernorm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
-        self.mlp = MLP(config, rank)
+        self.post_attention_layernorm = nn.RMSNorm(width, config["rms_norm_eps"])
+        self.mlp = nn.ModuleDict({"gate_proj": Linear(width, inner, False, rank),
+                                  "up_proj": Linear(width, inner, False, rank),
+                                  "down_proj": Linear(inner, width, False, rank)})
 
     def forward(self, x, rotation):
         x = x + self.self_attn(self.input_layernorm(x), rotation)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.post_attention_layernorm(x)
+        gate, up, down = self.mlp.values()
+        return x + down(F.silu(gate(y)) * up(y))
 
 
 class Decoder(nn.Module):
@@ -482,9 +476,8 @@ class Decoder(nn.Module):
         self.model.norm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
         if not config["tie_word_embeddings"]:
             self.lm_head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
-        if rank:
-            for name, param in self.named_parameters():
-                param.requires_grad_("lora_" in name)
+        for name, param in self.named_parameters():
+            param.requires_grad_(not rank or "lora_" in name)
 
     def output_weight(self):
         """Return the weight (V, D) of the layer that computes the logits from hidden states."""
@@ -498,17 +491,15 @@ class Decoder(nn.Module):
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.model.embed_tokens(tokens).float()
             for block in self.model.layers:
-                if self.checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(block, x, rotation, use_reentrant=False)
-                else:
-                    x = block(x, rotation)
+                x = (checkpoint(block, x, rotation, use_reentrant=False) if self.checkpointing
+                     else block(x, rotation))
             x = self.model.norm(x)
         return x.bfloat16() if self.bf16 else x
 
 
 def frequencies(config, device):
     """Compute the rotary frequencies of a head, (E/2,), in radians per position."""
-    rope, size = config["rope"], config["head_dim"]
+    rope, size = config["rope_parameters"], config["head_dim"]
     frequency = rope["rope_theta"] ** -(torch.arange(0, size, 2, device=device).float() / size)
     if rope["rope_type"] == "llama3":  # low frequencies are scaled down, for long contexts
         turns = frequency * rope["original_max_position_embeddings"] / (2 * math.pi)
@@ -521,15 +512,17 @@ def frequencies(config, device):
 # --- Models and their files ---
 
 
+def read_json(path):
+    """Return the content of a JSON file, {} if it is missing."""
+    return json.loads(Path(path).read_text("utf-8")) if Path(path).exists() else {}
+
+
 def read_config(config, folder):
     """Fill in the defaults of a config.json; exit if Decoder does not support the model."""
     rope = {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default"}
-    rope |= config.get("rope_scaling") or {}
-    rope |= config.get("rope_parameters") or {}
+    rope |= config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope["rope_type"] = rope.get("type", rope["rope_type"])
     found = {"model_type": None} | rope | config
-    if "sliding_attention" in (config.get("layer_types") or []):
-        found["use_sliding_window"] = True
     supported = {"model_type": ["llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"],
                  "hidden_act": ["silu"], "use_sliding_window": [False], "attention_bias": [False],
                  "mlp_bias": [False], "quantization_config": [None], "partial_rotary_factor": [1.0]}
@@ -541,33 +534,30 @@ def read_config(config, folder):
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     defaults = {"num_key_value_heads": heads, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
                 "max_position_embeddings": 2048}
-    return defaults | config | {"head_dim": head_dim, "rope": rope}
+    return defaults | config | {"head_dim": head_dim, "rope_parameters": rope}
 
 
 def load_model(args):
     """Return the config, the weights by name and the Tokenizer of a Hugging Face model."""
-    from safetensors.torch import load_file
-
     folder = Path(args.model) if Path(args.model).is_dir() else download(args.model)
     for pattern in ("config.json", "tokenizer.json", "*.safetensors"):
         if not list(folder.glob(pattern)):
             raise SystemExit(f"--model {args.model}: {pattern} is missing; save the model and the "
                              "tokenizer with save_pretrained of transformers to get all files")
-    config = read_config(json.loads((folder / "config.json").read_text("utf-8")), args.model)
+    config = read_config(read_json(folder / "config.json"), args.model)
     weights = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(path)  # memory-mapped: read when used
+    for path in folder.glob("*.safetensors"):
+        weights |= safetensors.torch.load_file(path)  # memory-mapped: read when used
     return config, weights, Tokenizer(folder, json.loads(args.chat_template_kwargs))
 
 
 def download(model):
     """Download a model from the Hugging Face hub; return its folder."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-
     try:
-        config = Path(hf_hub_download(model, "config.json"))
-        read_config(json.loads(config.read_text("utf-8")), model)  # exits if it is not supported
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+        config = huggingface_hub.hf_hub_download(model, "config.json")
+        read_config(read_json(config), model)  # exits if it is not supported
+        return Path(huggingface_hub.snapshot_download(
+            model, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
     except (OSError, ValueError) as error:
         raise SystemExit(f"--model {model}: no such folder, and no download from the hub: "
                          f"{' '.join(str(error).split()):.300}") from error
@@ -577,35 +567,27 @@ def make_model(config, weights, device, args):
     """Make a Decoder with these weights (name -> tensor), sharded if there are several processes.
 
     The model is built on the meta device and gets its weights one by one, so that no process ever
-    holds all of a sharded model.
+    holds all of a sharded model in float32.
     """
     with torch.device("meta"):
         model = Decoder(config, args.lora_rank, args.bf16, args.gradient_checkpointing)
     if dist.is_initialized():
         precision = MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32,
                                          cast_forward_inputs=False)
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
         for module in (*model.model.layers, model):
             fully_shard(module, mesh=mesh, mp_policy=precision)
-            # Add up the gradients: each process computes a part of the mean.     [C5]
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-    new_weights = {}
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot average
+    weights = dict(weights)
     for name, param in model.named_parameters():
         if "lora_a" in name:
-            weight = torch.randn(param.shape) / param.shape[1] ** 0.5
+            weights[name] = torch.randn(param.shape) / param.shape[1] ** 0.5
         elif "lora_b" in name:  # so the adapter starts at 0
-            weight = torch.zeros(param.shape)
-        elif name in weights:
-            weight = weights[name]
-        else:
+            weights[name] = torch.zeros(param.shape)
+        elif name not in weights:
             raise SystemExit(f"--model {args.model}: no tensor {name} in its safetensors files")
-        weight = weight.to(device, torch.float32)
-        if isinstance(param, DTensor):
-            weight = distribute_tensor(weight, param.device_mesh, param.placements,
-                                       src_data_rank=None)  # each process copies its part
-        new_weights[name] = weight
-    model.load_state_dict(new_weights, assign=True)
+    options = dcp.StateDictOptions(full_state_dict=True, strict=False)
+    dcp.set_model_state_dict(model.to_empty(device=device), weights, options=options)
     if args.compile:
         for block in model.model.layers:
             block.compile(dynamic=True)
@@ -617,20 +599,17 @@ def save_model(folder, model, tokenizer):
 
     Adapters are merged. All processes must take part.
     """
-    from safetensors.torch import save_file
-
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = dcp.get_model_state_dict(model, options=options)
+    weights = dcp.get_model_state_dict(model, options=options)
     if get_rank() > 0:
         return
-    weights = {name: weight for name, weight in state.items() if "lora_" not in name}
-    for name in [name for name in state if "lora_b" in name]:
-        lora_a, base = name.replace("lora_b", "lora_a"), name.replace("lora_b", "weight")
-        weights[base] = weights[base] + LORA_SCALE * state[name] @ state[lora_a]
+    for name in [name for name in weights if "lora_b" in name]:
+        lora_b, lora_a = weights.pop(name), weights.pop(name.replace("lora_b", "lora_a"))
+        base = name.replace("lora_b", "weight")
+        weights[base] = weights[base] + LORA_SCALE * lora_b @ lora_a
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    config = {name: value for name, value in model.config.items() if name != "rope"}
-    config |= {"dtype": "float32", "torch_dtype": "float32"}
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = model.config | {"dtype": "float32", "torch_dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     tokenizer.save(folder)
 
@@ -638,73 +617,45 @@ def save_model(folder, model, tokenizer):
 # --- Tokenizer and chat template ---
 
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
 class Tokenizer:
     """The tokenizer, chat template and stop tokens of a Hugging Face folder."""
 
     def __init__(self, folder, template_kwargs):
-        import tokenizers
-
         self.folder = folder
         self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        settings = self.read_json("tokenizer_config.json")
+        settings = read_json(folder / "tokenizer_config.json")
         special_tokens = {name: value["content"] if isinstance(value, dict) else value
                           for name, value in settings.items() if name.endswith("_token") and value}
-        self.template_values = special_tokens | template_kwargs
-        ids = [self.tokenizer.token_to_id(special_tokens.get("eos_token", ""))]
-        for file in ("config.json", "generation_config.json"):
-            found = self.read_json(file).get("eos_token_id")
-            ids += found if isinstance(found, list) else [found]
-        self.stop_ids = [i for i in dict.fromkeys(ids) if i is not None]
-        if not self.stop_ids:
-            raise SystemExit(f"--model {folder}: no end-of-sequence token in its files")
+        self.template_values = {"tools": None, "documents": None} | special_tokens | template_kwargs
         template = settings.get("chat_template")
         if (folder / "chat_template.jinja").exists():
             template = (folder / "chat_template.jinja").read_text("utf-8")
         if isinstance(template, list):  # several, by name
             template = {each["name"]: each["template"] for each in template}.get("default")
-        self.template_source, self.template = template, None  # compiled when it is needed
-
-    def read_json(self, name):
-        """Return the content of a file of the folder, {} if it is missing."""
-        path = self.folder / name
-        return json.loads(path.read_text("utf-8")) if path.exists() else {}
-
-    def load_template(self):
-        """Compile the chat template. The token that ends its turns becomes a stop token."""
-        import jinja2.sandbox  # the template is code that may not be trusted
-
-        if not self.template_source:
-            raise ValueError("there are chat messages, but the model has no chat template")
-        jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
-        jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # not for HTML
-        # Some templates mark what an assistant says, with tags that only transformers knows.
-        source = re.sub(r"({%-?\s*)generation(\s*-?%})", r"\1if true\2", self.template_source)
-        source = re.sub(r"({%-?\s*)endgeneration(\s*-?%})", r"\1endif\2", source)
-        self.template = jinja.from_string(source)
+        self.template = compile_template(template) if template else None
+        ids = [self.tokenizer.token_to_id(special_tokens.get("eos_token", ""))]
+        for file in ("config.json", "generation_config.json"):
+            found = read_json(folder / file).get("eos_token_id")
+            ids += found if isinstance(found, list) else [found]
+        # The token that ends a turn in the chat template is a stop token, too.
         turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        with contextlib.suppress(ValueError):  # a template may refuse this conversation
+        with contextlib.suppress(ValueError):  # no template, or one that refuses these messages
             after_answer = self.render(turn, False).rpartition("answer")[2].lstrip()
-            first = self.encode(after_answer)[:1]
-            if first and first[0] in self.tokenizer.get_added_tokens_decoder():
-                self.stop_ids += [token for token in first if token not in self.stop_ids]
+            special_ids = self.tokenizer.get_added_tokens_decoder()
+            ids += [token for token in self.encode(after_answer)[:1] if token in special_ids]
+        self.stop_ids = [token for token in dict.fromkeys(ids) if token is not None]
+        if not self.stop_ids:
+            raise SystemExit(f"--model {folder}: no end-of-sequence token in its files")
 
     def render(self, messages, add_generation_prompt):
         """Return the text of chat messages, with the beginning of an assistant's turn if wanted."""
-        import jinja2
-
+        if not self.template:
+            raise ValueError("there are chat messages, but the model has no chat template")
+        values = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            if self.template is None:
-                self.load_template()
-            return self.template.render(
-                {"messages": messages, "add_generation_prompt": add_generation_prompt,
-                 "tools": None, "documents": None} | self.template_values)
+            return self.template.render(values | self.template_values)
         except jinja2.TemplateError as error:
             raise ValueError(f"chat template: {error}") from error
 
@@ -715,22 +666,22 @@ class Tokenizer:
         return self.tokenizer.decode(tokens, skip_special_tokens)
 
     def save(self, folder):
-        for pattern in ("*token*.json", "chat_template.jinja"):
-            for path in self.folder.glob(pattern):
-                shutil.copy(path, folder)
-        # With the token that ends the turns of the chat template, see load_template.
-        generation = self.read_json("generation_config.json") | {"eos_token_id": self.stop_ids}
+        for path in [*self.folder.glob("*token*.json"), *self.folder.glob("chat_template.jinja")]:
+            shutil.copy(path, folder)
+        generation = read_json(self.folder / "generation_config.json")
+        generation["eos_token_id"] = self.stop_ids  # with the token that ends a turn
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
 
 
-def check_messages(name, messages):
-    """Raise ValueError unless this value of a row is a list of chat messages with texts."""
-    valid = isinstance(messages, list) and messages and all(
-        isinstance(message, dict) and isinstance(message.get("content"), str)
-        and message.get("role") in ROLES for message in messages)
-    if not valid:
-        raise ValueError(f"`{name}` must be a text, or chat messages with `content`, a text, and "
-                         f"`role`: {', '.join(ROLES)}")
+def compile_template(source):
+    """Compile a chat template as transformers does; it is code that may not be trusted."""
+    jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
+    jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # not for HTML
+    # Some templates mark what an assistant says, with tags that only transformers knows.
+    source = re.sub(r"({%-?\s*)(end)?generation(\s*-?%})", r"\1set _ = 0\3", source)
+    return jinja.from_string(source)
 
 
 def raise_exception(message):
@@ -757,15 +708,14 @@ def load_pairs(args, tokenizer, model, folder):
                 *make_pairs(model, tokenizer, args.train_pairs, False, args)]
         if get_rank() == 0:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if dist.is_initialized():
-            dist.barrier()  # the others read it
+        all_gather_object(None)  # wait: the others read it
     max_length = min(args.max_length, model.config["max_position_embeddings"])
     # The prompts with the lowest hashes are held out, with all their pairs. The tiny GPT has made
     # its held-out pairs from sums with the lowest hashes.
     rows = sorted(read_rows(path, lambda row: read_pair(row, tokenizer, max_length),
                             args.skip_bad_rows), key=lambda row: row[0])
     num_heldout = max(min(args.eval_pairs, len(rows) // 10), 1) if args.data else args.eval_pairs
-    limit, _ = rows[num_heldout - 1]
+    limit = max((prompt_hash for prompt_hash, _ in rows[:num_heldout]), default=0.0)
     heldout = [pair for prompt_hash, pair in rows if prompt_hash <= limit]
     pairs = [pair for prompt_hash, pair in rows if prompt_hash > limit]
     if args.max_steps:
@@ -777,28 +727,20 @@ def load_pairs(args, tokenizer, model, folder):
 
 
 def plan(pairs, heldout, tokenizer, args):
-    """Return and print the number of batches, and of batches between evaluations."""
+    """Return the number of batches, and of batches between evaluations. Print them and a pair."""
     num_steps = args.max_steps or args.num_epochs * (len(pairs) // args.batch_size)
     # Evaluating a pair takes a third of the time of learning from it. For 5 % of the time:
     # len(heldout) / 3 = 0.05 * eval_every * batch_size
     eval_every = args.eval_every or math.ceil(len(heldout) / (3 * 0.05 * args.batch_size))
+    num_cut = sum(answer[-1] not in tokenizer.stop_ids
+                  for pair in pairs + heldout for answer in (pair.chosen, pair.rejected))
+    prompt, chosen, rejected = (tokenizer.decode(list(ids), False) for ids in pairs[0])
     if get_rank() == 0:
-        num_cut = sum(answer[-1] not in tokenizer.stop_ids
-                      for pair in pairs + heldout for answer in (pair.chosen, pair.rejected))
         print(f"{len(pairs)} pairs to learn from, {len(heldout)} held out; {num_cut} answers cut; "
-              f"{num_steps} batches of {args.batch_size} pairs, an evaluation every {eval_every}")
-        if args.model:
-            print_example(pairs[0], tokenizer)
+              f"{num_steps} batches of {args.batch_size} pairs, an evaluation every {eval_every}\n"
+              "A pair as the model sees it, the trained part in >>> <<<:\n"
+              f"{prompt}>>>{chosen}<<<\nrejected: >>>{rejected}<<<")
     return num_steps, eval_every
-
-
-def print_example(pair, tokenizer):
-    """Print a pair as the model sees it."""
-    if tokenizer.template_source and not tokenizer.template:
-        print("All prompts are texts: the chat template of the model is not used.")
-    prompt, chosen, rejected = (tokenizer.decode(list(ids), False) for ids in pair)
-    print("A pair as the model sees it, the trained part in >>> <<<:")
-    print(f"{prompt}>>>{chosen}<<<\nrejected: >>>{rejected}<<<")
 
 
 def read_pair(row, tokenizer, max_length):
@@ -807,18 +749,15 @@ def read_pair(row, tokenizer, max_length):
     Returns None if the answers do not differ within max_length tokens.
     """
     prompt, *answers = split_row(row)
-    if isinstance(prompt, str):
-        prompt_ids = tokenizer.encode(prompt, add_special_tokens=True)
-    else:  # the text of an answer is what it adds to the text of the prompt
+    start = prompt
+    if isinstance(prompt, list):  # the text of an answer is what it adds to the text of the prompt
         start = tokenizer.render(prompt, add_generation_prompt=True)
-        conversations = [tokenizer.render(prompt + answer, False) for answer in answers]
-        if not all(text.startswith(start) for text in conversations):
+        answers = [tokenizer.render(prompt + answer, False) for answer in answers]
+        if not all(text.startswith(start) for text in answers):
             raise ValueError("the chat template changes the prompt when an answer follows")
-        prompt_ids = tokenizer.encode(start)
-        answers = [text.removeprefix(start) for text in conversations]
+        answers = [text.removeprefix(start) for text in answers]
+    prompt_ids = tokenizer.encode(start, add_special_tokens=isinstance(prompt, str))
     chosen, rejected = (encode_answer(text, tokenizer) for text in answers)
-    if not prompt or not prompt_ids:
-        raise ValueError("the prompt is empty")
     if chosen == rejected:
         raise ValueError("`chosen` and `rejected` are equal")
     room = max(max_length - len(prompt_ids), 0)
@@ -852,28 +791,35 @@ def split_row(row):
         parts = [[{"role": role, "content": part}] if isinstance(part, str) else part
                  for role, part in zip(("user", "assistant", "assistant"), parts)]
     prompt, chosen, rejected = parts
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        if not isinstance(answer, str):
-            check_messages(name, answer)
-        text = answer if isinstance(answer, str) else answer[-1]["content"]
-        if not text.strip():
-            raise ValueError(f"`{name}` is empty")
-    # Answers that begin with another role are whole conversations, prompt included. A `prompt` that
-    # is a text, and may be formatted otherwise, is then ignored.
-    is_conversation = isinstance(chosen, list) and chosen[0]["role"] != "assistant"
-    if is_conversation and isinstance(row.get("prompt"), list) and prompt != chosen[:len(prompt)]:
-        raise ValueError("`chosen` does not begin with the messages of `prompt`")
-    if prompt is None or is_conversation:
+    check_part("chosen", chosen)
+    check_part("rejected", rejected)
+    is_chat = isinstance(chosen, list)
+    # Answers that begin with another role are whole conversations, prompt included. A `prompt`,
+    # which may be formatted otherwise, is then ignored.
+    if prompt is None or (is_chat and chosen[0]["role"] != "assistant"):
         prompt = common_beginning(chosen, rejected)
         chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
-    if not (type(prompt) is type(chosen) is type(rejected) and chosen and rejected):
-        raise ValueError("`prompt`, `chosen` and `rejected` must be texts, or messages; after what "
-                         "`chosen` and `rejected` have in common, both must go on")
-    if isinstance(prompt, list):
-        check_messages("prompt", prompt)
-        if {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
-            raise ValueError("an answer must begin with a message of the assistant")
+    check_part("prompt", prompt)
+    if not (chosen and rejected):
+        raise ValueError("after what `chosen` and `rejected` have in common, both must go on")
+    if is_chat and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
+        raise ValueError("an answer must begin with a message of the assistant")
     return prompt, chosen, rejected
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def check_part(name, part):
+    """Raise ValueError unless this value of a row is a text or a list of chat messages."""
+    messages = part if isinstance(part, list) else [{"role": "user", "content": part}]
+    for message in messages:
+        is_message = isinstance(message, dict) and message.get("role") in ROLES
+        if not is_message or not isinstance(message.get("content"), str):
+            raise ValueError(f"`{name}` must be a text, or chat messages with `content`, a text, "
+                             f"and `role`: {', '.join(ROLES)}")
+    if not messages or not messages[-1]["content"].strip():
+        raise ValueError(f"`{name}` is empty")
 
 
 def common_beginning(chosen, rejected):
@@ -922,8 +868,6 @@ def read_rows(path, convert, skip_bad_rows):
         print(f"{path}: {len(used)} rows used, {len(rows) - len(used)} too long, {bad.total()} bad")
         for reason, count in bad.most_common(10):
             print(f"  {count} skipped: {reason}")
-    if not used:
-        raise SystemExit(f"--data {path}: no rows that can be used")
     return used
 
 
@@ -938,8 +882,8 @@ class Characters:
     def encode(self, text, add_special_tokens=False):
         return [self.symbols.index(character) for character in text]
 
-    def decode(self, tokens):
-        return "".join(self.symbols[token] for token in tokens if token != 0)
+    def decode(self, tokens, skip_special_tokens=True):
+        return "".join(self.symbols[token] for token in tokens if token or not skip_special_tokens)
 
 
 def addition(rng, held_out=False):

@@ -377,13 +377,13 @@ def test_gradient_is_that_of_the_formula_however_the_batch_is_cut(name):
             {n: float(x) for n, x in metrics.items()}, rel=1e-3, abs=1e-4, nan_ok=True)
 
 
-def test_half_a_batch_has_half_the_gradient():
-    """The denominator is --batch-size, not the number of this process's pairs."""
+def test_a_process_has_the_mean_gradient_of_its_pairs():
+    """FSDP averages those of all processes, which have equally many pairs."""
     model, pairs = make_tiny(), random_pairs(4)
     ref = plain_scores(make_tiny(seed=1), pairs).detach()
     whole, _ = gradient(model, pairs, ref, flags(batch_size=4))
     half, _ = gradient(model, pairs, ref, flags(batch_size=8))
-    torch.testing.assert_close(half, whole / 2)
+    torch.testing.assert_close(half, whole)
 
 
 def test_an_update_prefers_the_better_answer():
@@ -670,8 +670,6 @@ MODEL = SimpleNamespace(config={"max_position_embeddings": 64})
 class Letters(dpo.Characters):
     """With a chat template: the content of the last message."""
 
-    template_source = template = None
-
     def render(self, messages, add_generation_prompt):
         return messages[-1]["content"]
 
@@ -706,9 +704,9 @@ BAD_ROWS = [
     (GOOD | {"chosen": " "}, ["empty"]),
     (GOOD | {"rejected": ""}, ["empty"]),
     (GOOD | {"prompt": [{"role": "user", "content": "1"}], "rejected": " "}, ["empty"]),
-    (GOOD | {"prompt": ""}, ["prompt is empty"]),
+    (GOOD | {"prompt": ""}, ["`prompt` is empty"]),
     (GOOD | {"prompt": "é"}, []),
-    (GOOD | {"prompt": 7}, ["texts"]),
+    (GOOD | {"prompt": 7}, ["`prompt` must be a text"]),
     (GOOD | {"chosen": [1, 2]}, ["`chosen` must be a text"]),
     (GOOD | {"chosen": [{"role": "assistant"}]}, ["content"]),
 ]
@@ -736,8 +734,8 @@ def test_a_pair_is_cut_at_the_context_of_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("rows, words", [
-    ([], ["no rows"]), (["", " "], ["no rows"]), ([GOOD] * 3, ["--batch-size 1", "0", "3"]),
-    ([GOOD | {"prompt": "1" * 64}], ["no rows"]),
+    ([], ["only 0 pairs"]), (["", " "], ["only 0 pairs"]),
+    ([GOOD] * 3, ["--batch-size 1", "0", "3"]), ([GOOD | {"prompt": "1" * 64}], ["only 0 pairs"]),
 ])
 def test_too_few_rows_end_in_one_line(rows, words, tmp_path):
     with pytest.raises(SystemExit) as stop:
