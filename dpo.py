@@ -339,9 +339,7 @@ def train(args):
     if args.model:  # Ctrl-C does not get here: Logger.__exit__ raises SystemExit
         save_model(log.dir / "model", model, tokenizer)
     else:
-        after = evaluate_sums(model, tokenizer, log.before["logprob"], args)
-        if get_rank() == 0:
-            print_summary(log.before, after)
+        evaluate_sums(model, tokenizer, log.before["logprob"], args)
     end_processes()
     return model, log.score
 
@@ -912,31 +910,25 @@ def tiny_config(vocab_size):
 def pretrain(args, device):
     """Train a tiny GPT on sums that are mostly wrong: supervised learning, with Adam.
 
-    Returns the same as load_model.
+    Returns the same as load_model. With --resume the weights come from the checkpoint later.
     """
     tokenizer = Characters()
     config = read_config(tiny_config(len(tokenizer.symbols)), "tiny")
     model = Decoder(config).to(device)
-    if args.resume:  # the weights come from the checkpoint
-        return config, model.state_dict(), tokenizer
     for param in model.parameters():
         if param.dim() == 2:
             nn.init.normal_(param, std=0.1)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=True)
     rng = random.Random(f"pretrain {args.seed}")
-    bar = tqdm(range(args.pretrain_steps), "pretraining", leave=False,
-               disable=get_rank() > 0 or None)  # None: shown in a terminal only
-    for step in bar:
-        remaining = 1 - step / args.pretrain_steps
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 3 * remaining)
+    num_steps = 0 if args.resume else args.pretrain_steps
+    for step in tqdm(range(num_steps), "pretraining", leave=False, disable=get_rank() > 0 or None):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 3 * (1 - step / num_steps))
         examples = [addition(rng) for _ in range(256)]
         rows = [(tokenizer.encode(example["prompt"]),
-                 tokenizer.encode(example["pretrain_answer"]) + tokenizer.stop_ids)
-                for example in examples]
-        inputs, targets, mask = pad_batch(rows, device)
-        loss = -token_logprobs(model, inputs, targets, mask).sum() / mask.sum()
+                 encode_answer(example["pretrain_answer"], tokenizer)) for example in examples]
+        logprob = token_logprobs(model, *pad_batch(rows, device)).sum(1)
         optimizer.zero_grad()
-        loss.backward()
+        (-logprob.sum() / 1024).backward()  # 256 answers of four tokens
         optimizer.step()
     return config, model.state_dict(), tokenizer
 
@@ -951,12 +943,10 @@ def draw_answers(model, tokenizer, prompts, temperature, rng):
         rows, index = tokens.unique(dim=0, return_inverse=True)  # compute equal rows once
         hidden = model(rows)[:, -1]
         logits = F.linear(hidden, model.output_weight().to(hidden.dtype)).float()[index]  # (R, V)
-        token = logits.argmax(-1, keepdim=True)
-        if temperature > 0:
-            token = (logits / temperature).softmax(-1).multinomial(1, generator=rng)
+        token = (logits / max(temperature, 1e-6)).softmax(-1).multinomial(1, generator=rng)
         tokens = torch.cat([tokens, token], 1)
-    answers = tokens[:, -4:].tolist()
-    return [tokenizer.decode(itertools.takewhile(bool, answer)) for answer in answers]  # 0: stop
+    # Token 0 is the stop token.
+    return [tokenizer.decode(itertools.takewhile(bool, row)) for row in tokens[:, -4:].tolist()]
 
 
 def digit_reward(answer, example):
@@ -992,43 +982,36 @@ def make_pairs(model, tokenizer, count, held_out, args):
 
 @torch.no_grad()
 def evaluate_sums(model, tokenizer, ref_logprob, args):
-    """Measure the tiny GPT on held-out sums, and how far it is from the best policy π*.
+    """Measure the tiny GPT on held-out sums, and how far it is from the best policy π*; print it.
 
     All 1,000 answers of three digits are enumerated for some sums. ref_logprob: their "logprob"
     (B, 1000) before training, None in that first call.
     """
     rng, result = random.Random("evaluation"), {}
     examples = [addition(rng, held_out=True) for _ in range(1024)]
+    prompts = [example["prompt"] for example in examples]
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        prompts = [example["prompt"] for example in examples]
+    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         answers = draw_answers(model, tokenizer, prompts, temperature, generator)
         correct = [answer == example["answer"] for answer, example in zip(answers, examples)]
         result[name] = sum(correct) / len(correct)
-    texts = [f"{n:03}" for n in range(1000)]
-    logprobs, rewards = [], []
-    for example in examples[:16]:
-        prompt = tokenizer.encode(example["prompt"])
-        rows = [(prompt, tokenizer.encode(text) + tokenizer.stop_ids) for text in texts]
-        logprobs.append(token_logprobs(model, *pad_batch(rows, args.device)).sum(1).cpu())
-        rewards.append(torch.tensor([digit_reward(text, example) for text in texts]))
-    logprob = torch.stack(logprobs).log_softmax(-1)  # (B, 1000), of these answers alone
-    reward = torch.stack(rewards)
-    ref_logprob = logprob if ref_logprob is None else ref_logprob
+    examples, texts = examples[:16], [f"{n:03}" for n in range(1000)]
+    rows = [(tokenizer.encode(example["prompt"]), encode_answer(text, tokenizer))
+            for example in examples for text in texts]
+    logprob = token_logprobs(model, *pad_batch(rows, args.device)).sum(1).cpu()
+    logprob = logprob.view(-1, 1000).log_softmax(-1)  # (B, 1000), of these answers alone
+    reward = torch.tensor([[digit_reward(text, example) for text in texts] for example in examples])
+    title, ref_logprob = ("after", ref_logprob) if ref_logprob is not None else ("before", logprob)
     best = best_policy(ref_logprob, reward, args.beta)
-    for name, column in (("reward", reward), ("kl_to_ref", logprob - ref_logprob),
-                         ("kl_to_best", logprob - best)):
-        result[name] = (logprob.exp() * column).sum(1).mean().item()
-    result["best_reward"] = (best.exp() * reward).sum(1).mean().item()
-    return result | {"logprob": logprob}
-
-
-def print_summary(before, after):
-    """Print what training has changed."""
-    for name, result in (("before", before), ("after", after)):
+    for name, policy, value in (
+            ("reward", logprob, reward), ("best_reward", best, reward),
+            ("kl_to_ref", logprob, logprob - ref_logprob), ("kl_to_best", logprob, logprob - best)):
+        result[name] = (policy.exp() * value).sum(1).mean().item()
+    if get_rank() == 0:
         print("{}: greedy accuracy {greedy:.3f}, sampled {sampled:.3f}; E[r] {reward:.3f}; "
-              "KL(pi||pi_ref) {kl_to_ref:.3f}, KL(pi||pi*) {kl_to_best:.3f}".format(name, **result))
-    print(f"pi*: E[r] {after['best_reward']:.3f}")
+              "KL(pi||pi_ref) {kl_to_ref:.3f}, KL(pi||pi*) {kl_to_best:.3f}\n"
+              "pi*: E[r] {best_reward:.3f}".format(title, **result))
+    return result | {"logprob": logprob}
 
 
 # --- Flags and processes ---
