@@ -68,7 +68,6 @@ Results of five seeds on two cores. Greedy accuracy on held-out sums, before -> 
 """
 
 import contextlib
-import functools
 import gzip
 import hashlib
 import itertools
@@ -77,7 +76,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import time
@@ -420,19 +418,15 @@ class Attention(nn.Module):
         self.q_norm = norm(self.head_dim, config["rms_norm_eps"])
         self.k_norm = norm(self.head_dim, config["rms_norm_eps"])
 
-    def forward(self, x, rotation):
+    def forward(self, x, cos, sin):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))           # (R, heads, L, E)
         qk = torch.cat([self.q_norm(q.float()), self.k_norm(k.float())], 1)  # fewer kernels
-        q, k = rotate(qk, *rotation).to(v.dtype).split([q.shape[1], k.shape[1]], 1)
+        left, right = qk.chunk(2, -1)  # rotate the halves; cos and sin are (L, E/2)
+        qk = torch.cat([left * cos - right * sin, right * cos + left * sin], -1).to(v.dtype)
+        q, k = qk.split([q.shape[1], k.shape[1]], 1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
-
-
-def rotate(x, cos, sin):
-    """Rotate the halves of x (R, heads, L, E) by angles; cos and sin are (1 or R, 1, L, E/2)."""
-    left, right = x.chunk(2, -1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
 
 class Block(nn.Module):
@@ -451,8 +445,8 @@ class Block(nn.Module):
                                   "up_proj": Linear(width, inner, False, rank),
                                   "down_proj": Linear(inner, width, False, rank)})
 
-    def forward(self, x, rotation):
-        x = x + self.self_attn(self.input_layernorm(x), rotation)
+    def forward(self, x, cos, sin):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         y = self.post_attention_layernorm(x)
         gate, up, down = self.mlp.values()
         return x + down(F.silu(gate(y)) * up(y))
@@ -485,12 +479,12 @@ class Decoder(nn.Module):
         """Compute the last hidden states (R, L, D) of right-padded rows of tokens (R, L)."""
         position = torch.arange(tokens.shape[1], device=tokens.device)
         angle = position.unsqueeze(1) * frequencies(self.config, tokens.device)   # (L, E/2)
-        rotation = angle.cos(), angle.sin()
+        cos, sin = angle.cos(), angle.sin()
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.model.embed_tokens(tokens).float()
             for block in self.model.layers:
-                x = (checkpoint(block, x, rotation, use_reentrant=False) if self.checkpointing
-                     else block(x, rotation))
+                x = (checkpoint(block, x, cos, sin, use_reentrant=False) if self.checkpointing
+                     else block(x, cos, sin))
             x = self.model.norm(x)
         return x.bfloat16() if self.bf16 else x
 
@@ -665,7 +659,7 @@ class Tokenizer:
 
     def save(self, folder):
         for path in [*self.folder.glob("*token*.json"), *self.folder.glob("chat_template.jinja")]:
-            shutil.copy(path, folder)
+            (folder / path.name).write_bytes(path.read_bytes())
         generation = read_json(self.folder / "generation_config.json")
         generation["eos_token_id"] = self.stop_ids  # with the token that ends a turn
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
@@ -676,7 +670,8 @@ def compile_template(source):
     jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
-    jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # not for HTML
+    # Jinja's own filter is for HTML.
+    jinja.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
     # Some templates mark what an assistant says, with tags that only transformers knows.
     source = re.sub(r"({%-?\s*)(end)?generation(\s*-?%})", r"\1set _ = 0\3", source)
     return jinja.from_string(source)
@@ -852,11 +847,9 @@ def read_rows(path, convert, skip_bad_rows):
         if not item.strip():  # an empty line
             continue
         try:
-            with contextlib.suppress(ValueError):  # no JSON: stays a text, which is refused
-                item = json.loads(item)
-            if not isinstance(item, dict):
+            if not item.lstrip().startswith("{"):
                 raise ValueError("not a JSON object; expected JSON lines or a JSON array")
-            rows.append(convert(item))
+            rows.append(convert(json.loads(item)))
         except (ValueError, TypeError) as error:  # TypeError: a text that is not valid Unicode
             if not skip_bad_rows:
                 raise SystemExit(f"--data {path}, row {number}: {error}") from error

@@ -695,7 +695,7 @@ def test_only_a_newline_ends_a_row(tmp_path):
 
 
 BAD_ROWS = [
-    ("{", ["not a JSON object"]),
+    ("{", ["Expecting property name"]),
     ([1], ["object"]),
     ("null", ["object"]),
     ({"prompt": "1", "chosen": "2"}, ["`rejected` must be a text"]),
