@@ -558,18 +558,11 @@ def download(model):
 def make_model(config, weights, device, args):
     """Make a Decoder with these weights (name -> tensor), sharded if there are several processes.
 
-    The model is built on the meta device and gets its weights one by one, so that no process ever
-    holds all of a sharded model in float32.
+    The weights of a file are memory-mapped. Each block becomes float32 shortly before it is sharded,
+    so that no process ever holds all of a sharded model.
     """
     with torch.device("meta"):
         model = Decoder(config, args.lora_rank, args.bf16, args.gradient_checkpointing)
-    if dist.is_initialized():
-        precision = MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32,
-                                         cast_forward_inputs=False)
-        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-        for module in (*model.model.layers, model):
-            fully_shard(module, mesh=mesh, mp_policy=precision)
-            module.set_force_sum_reduction_for_comms(True)  # gloo cannot average
     weights = dict(weights)
     for name, param in model.named_parameters():
         if "lora_a" in name:
@@ -578,8 +571,15 @@ def make_model(config, weights, device, args):
             weights[name] = torch.zeros(param.shape)
         elif name not in weights:
             raise SystemExit(f"--model {args.model}: no tensor {name} in its safetensors files")
-    options = dcp.StateDictOptions(full_state_dict=True, strict=False)
-    dcp.set_model_state_dict(model.to_empty(device=device), weights, options=options)
+    model.load_state_dict(weights, strict=False, assign=True)
+    if dist.is_initialized():
+        precision = MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32,
+                                         cast_forward_inputs=False)
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+        for module in (*model.model.layers, model):
+            fully_shard(module.float(), mesh=mesh, mp_policy=precision)
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot average
+    model.to(device, torch.float32)
     if args.compile:
         for block in model.model.layers:
             block.compile(dynamic=True)
