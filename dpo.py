@@ -391,8 +391,10 @@ class Linear(nn.Linear):
     def __init__(self, in_features, out_features, bias=False, rank=0):
         super().__init__(in_features, out_features, bias)
         if rank:
-            self.lora_a = nn.Parameter(torch.empty(rank, in_features))
-            self.lora_b = nn.Parameter(torch.zeros(out_features, rank))
+            # Never on the meta device, as they are in no file.
+            lora_a = torch.randn(rank, in_features, device="cpu") / in_features ** 0.5
+            self.lora_a = nn.Parameter(lora_a)
+            self.lora_b = nn.Parameter(torch.zeros(out_features, rank, device="cpu"))
 
     def forward(self, x):
         y = super().forward(x)
@@ -563,15 +565,9 @@ def make_model(config, weights, device, args):
     """
     with torch.device("meta"):
         model = Decoder(config, args.lora_rank, args.bf16, args.gradient_checkpointing)
-    weights = dict(weights)
-    for name, param in model.named_parameters():
-        if "lora_a" in name:
-            weights[name] = torch.randn(param.shape) / param.shape[1] ** 0.5
-        elif "lora_b" in name:  # so the adapter starts at 0
-            weights[name] = torch.zeros(param.shape)
-        elif name not in weights:
+    for name in model.load_state_dict(weights, strict=False, assign=True).missing_keys:
+        if "lora_" not in name:
             raise SystemExit(f"--model {args.model}: no tensor {name} in its safetensors files")
-    model.load_state_dict(weights, strict=False, assign=True)
     if dist.is_initialized():
         precision = MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32,
                                          cast_forward_inputs=False)
