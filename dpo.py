@@ -522,8 +522,7 @@ def read_config(config, folder):
                  "mlp_bias": [False], "quantization_config": [None], "partial_rotary_factor": [1.0]}
     for name, values in supported.items():
         if found.get(name, values[0]) not in values:
-            raise SystemExit(f"--model {folder}: config.json: {name} {found[name]} is not "
-                             "supported; dense Llama, Qwen2 and Qwen3 models are")
+            raise SystemExit(f"--model {folder}: config.json: {name} {found[name]} is not supported")
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     defaults = {"num_key_value_heads": heads, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
@@ -536,8 +535,7 @@ def load_model(args):
     folder = Path(args.model) if Path(args.model).is_dir() else download(args.model)
     for pattern in ("config.json", "tokenizer.json", "*.safetensors"):
         if not list(folder.glob(pattern)):
-            raise SystemExit(f"--model {args.model}: {pattern} is missing; save the model and the "
-                             "tokenizer with save_pretrained of transformers to get all files")
+            raise SystemExit(f"--model {args.model}: no {pattern}; save_pretrained writes it")
     config = read_config(read_json(folder / "config.json"), args.model)
     weights = {}
     for path in folder.glob("*.safetensors"):
@@ -560,8 +558,8 @@ def download(model):
 def make_model(config, weights, device, args):
     """Make a Decoder with these weights (name -> tensor), sharded if there are several processes.
 
-    The weights of a file are memory-mapped. Each block becomes float32 shortly before it is sharded,
-    so that no process ever holds all of a sharded model.
+    The weights of files are memory-mapped. Each block becomes float32 just before it is sharded, so
+    that no process ever holds all of a sharded model.
     """
     with torch.device("meta"):
         model = Decoder(config, args.lora_rank, args.bf16, args.gradient_checkpointing)
