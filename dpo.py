@@ -522,7 +522,7 @@ def read_config(config, folder):
                  "mlp_bias": [False], "quantization_config": [None], "partial_rotary_factor": [1.0]}
     for name, values in supported.items():
         if found.get(name, values[0]) not in values:
-            raise SystemExit(f"--model {folder}: config.json: {name} {found[name]} is not supported")
+            raise SystemExit(f"--model {folder}: its {name} {found[name]} is not supported")
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     defaults = {"num_key_value_heads": heads, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
