@@ -78,26 +78,27 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import time
 from array import array
 from collections import Counter
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import huggingface_hub
+import jinja2.sandbox
+import safetensors.torch
+import tokenizers
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
 import tyro
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -114,7 +115,7 @@ class Args:
     max_length: int = 1024  # tokens of prompt and answer; longer answers are cut at the end
     seed: int = 1
     num_epochs: int = 4  # how often to learn from each pair; with --model 1
-    max_steps: int | None = None  # batches to learn from, instead of --num-epochs
+    max_steps: int = 0  # batches to learn from; 0: --num-epochs decides
     batch_size: int = 256  # pairs per batch, over all processes; with --model 16
     learning_rate: float = 5e-4  # highest of AdamW [C3]; with --model 1e-6, and with LoRA 1e-4
     warmup_ratio: float = 0.1  # share of the batches in which the learning rate grows [C3]
@@ -344,9 +345,7 @@ def train(args):
     if args.model:  # Ctrl-C does not get here: Logger.__exit__ raises SystemExit
         save_model(log.dir / "model", model, tokenizer)
     else:
-        after = evaluate_sums(model, tokenizer, log.before["logprob"], args)
-        if get_rank() == 0:
-            print_summary(log.before, after)
+        evaluate_sums(model, tokenizer, log.before["logprob"], args)
     end_processes()
     return model, log.score
 
@@ -377,15 +376,16 @@ def mean_metrics(logprob, ref_logprob, length, args):
     if args.length_normalize:                                                     # [C1]
         logprob, ref_logprob = logprob / length, ref_logprob / length
     reward = args.beta * (logprob - ref_logprob)
-    margin = reward[:, 0] - reward[:, 1]
-    correct = (margin > 0).float()
-    fell = (logprob < ref_logprob)[:, 0].float()
-    return {"loss": loss.mean(), "accuracy": correct.mean(), "margin": margin.mean(),
-            "accuracy_longer": correct[length[:, 0] > length[:, 1]].mean(),
-            "accuracy_shorter": correct[length[:, 0] < length[:, 1]].mean(),
-            "reward_chosen": reward[:, 0].mean(), "reward_rejected": reward[:, 1].mean(),
-            "logprob_chosen": logprob[:, 0].mean(), "logprob_rejected": logprob[:, 1].mean(),
-            "chosen_fell": torch.tensor(math.nan) if args.reference_free else fell.mean()}
+    correct = (reward[:, 0] > reward[:, 1]).float()
+    values = {"loss": loss, "accuracy": correct, "margin": reward[:, 0] - reward[:, 1],
+              "accuracy_longer": correct[length[:, 0] > length[:, 1]],
+              "accuracy_shorter": correct[length[:, 0] < length[:, 1]],
+              "reward_chosen": reward[:, 0], "reward_rejected": reward[:, 1],
+              "logprob_chosen": logprob[:, 0], "logprob_rejected": logprob[:, 1],
+              "chosen_fell": (logprob < ref_logprob)[:, 0].float()}
+    if args.reference_free:
+        values["chosen_fell"] = torch.tensor(math.nan)
+    return {name: value.mean() for name, value in values.items()}
 
 
 def evaluate(model, pairs, ref_logprob, args):
@@ -407,14 +407,15 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features, out_features, bias=False, rank=0):
         super().__init__(in_features, out_features, bias)
-        self.rank = rank
         if rank:
-            self.lora_a = nn.Parameter(torch.empty(rank, in_features))
-            self.lora_b = nn.Parameter(torch.zeros(out_features, rank))
+            # Never on the meta device, as they are in no file.
+            lora_a = torch.randn(rank, in_features, device="cpu") / in_features ** 0.5
+            self.lora_a = nn.Parameter(lora_a)
+            self.lora_b = nn.Parameter(torch.zeros(out_features, rank, device="cpu"))
 
     def forward(self, x):
         y = super().forward(x)
-        if self.rank:
+        if hasattr(self, "lora_a"):
             y = y + LORA_SCALE * F.linear(F.linear(x, self.lora_a), self.lora_b)
         return y
 
@@ -432,24 +433,19 @@ class Attention(nn.Module):
         self.k_proj = Linear(width, kv_size, bias, rank)
         self.v_proj = Linear(width, kv_size, bias, rank)
         self.o_proj = Linear(q_size, width, False, rank)
-        has_norm = config["model_type"] == "qwen3"
-        eps = config["rms_norm_eps"]
-        self.q_norm = nn.RMSNorm(self.head_dim, eps) if has_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps) if has_norm else nn.Identity()
+        norm = nn.RMSNorm if config["model_type"] == "qwen3" else nn.Identity
+        self.q_norm = norm(self.head_dim, config["rms_norm_eps"])
+        self.k_norm = norm(self.head_dim, config["rms_norm_eps"])
 
-    def forward(self, x, rotation):
+    def forward(self, x, cos, sin):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))           # (R, heads, L, E)
         qk = torch.cat([self.q_norm(q.float()), self.k_norm(k.float())], 1)  # fewer kernels
-        q, k = rotate(qk, *rotation).to(v.dtype).split([q.shape[1], k.shape[1]], 1)
+        left, right = qk.chunk(2, -1)  # rotate the halves; cos and sin are (L, E/2)
+        qk = torch.cat([left * cos - right * sin, right * cos + left * sin], -1).to(v.dtype)
+        q, k = qk.split([q.shape[1], k.shape[1]], 1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
-
-
-def rotate(x, cos, sin):
-    """Rotate the halves of x (R, heads, L, E) by angles; cos and sin are (1 or R, 1, L, E/2)."""
-    left, right = x.chunk(2, -1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
 
 class MLP(nn.Module):
@@ -476,8 +472,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
         self.mlp = MLP(config, rank)
 
-    def forward(self, x, rotation):
-        x = x + self.self_attn(self.input_layernorm(x), rotation)
+    def forward(self, x, cos, sin):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -497,9 +493,8 @@ class Decoder(nn.Module):
         self.model.norm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
         if not config["tie_word_embeddings"]:
             self.lm_head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
-        if rank:
-            for name, param in self.named_parameters():
-                param.requires_grad_("lora_" in name)
+        for name, param in self.named_parameters():
+            param.requires_grad_(not rank or "lora_" in name)
 
     def output_weight(self):
         """Return the weight (V, D) that turns hidden states into logits.
@@ -512,21 +507,19 @@ class Decoder(nn.Module):
         """Compute the last hidden states (R, L, D) of right-padded rows of tokens (R, L)."""
         position = torch.arange(tokens.shape[1], device=tokens.device)
         angle = position.unsqueeze(1) * frequencies(self.config, tokens.device)   # (L, E/2)
-        rotation = angle.cos(), angle.sin()
+        cos, sin = angle.cos(), angle.sin()
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.model.embed_tokens(tokens).float()
             for block in self.model.layers:
-                if self.checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(block, x, rotation, use_reentrant=False)
-                else:
-                    x = block(x, rotation)
+                x = (checkpoint(block, x, cos, sin, use_reentrant=False) if self.checkpointing
+                     else block(x, cos, sin))
             x = self.model.norm(x)
         return x.bfloat16() if self.bf16 else x
 
 
 def frequencies(config, device):
     """Compute the rotary frequencies of a head, (E/2,), in radians per position."""
-    rope, size = config["rope"], config["head_dim"]
+    rope, size = config["rope_parameters"], config["head_dim"]
     frequency = rope["rope_theta"] ** -(torch.arange(0, size, 2, device=device).float() / size)
     if rope["rope_type"] == "llama3":  # low frequencies are scaled down, for long contexts
         turns = frequency * rope["original_max_position_embeddings"] / (2 * math.pi)
@@ -539,15 +532,17 @@ def frequencies(config, device):
 # --- Models and their files ---
 
 
+def read_json(path):
+    """Return the content of a JSON file, {} if it is missing."""
+    return json.loads(Path(path).read_text("utf-8")) if Path(path).exists() else {}
+
+
 def read_config(config, folder):
     """Fill in the defaults of a config.json; exit if Decoder does not support the model."""
     rope = {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default"}
-    rope |= config.get("rope_scaling") or {}
-    rope |= config.get("rope_parameters") or {}
+    rope |= config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope["rope_type"] = rope.get("type", rope["rope_type"])
     found = {"model_type": None} | rope | config
-    if "sliding_attention" in (config.get("layer_types") or []):
-        found["use_sliding_window"] = True
     supported = {"model_type": ["llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"],
                  "hidden_act": ["silu"], "use_sliding_window": [False], "attention_bias": [False],
                  "mlp_bias": [False], "quantization_config": [None], "partial_rotary_factor": [1.0]}
@@ -559,33 +554,28 @@ def read_config(config, folder):
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     defaults = {"num_key_value_heads": heads, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
                 "max_position_embeddings": 2048}
-    return defaults | config | {"head_dim": head_dim, "rope": rope}
+    return defaults | config | {"head_dim": head_dim, "rope_parameters": rope}
 
 
 def load_model(args):
     """Return the config, the weights by name and the Tokenizer of a Hugging Face model."""
-    from safetensors.torch import load_file
-
     folder = Path(args.model) if Path(args.model).is_dir() else download(args.model)
     for pattern in ("config.json", "tokenizer.json", "*.safetensors"):
         if not list(folder.glob(pattern)):
-            raise SystemExit(f"--model {args.model}: {pattern} is missing; save the model and the "
-                             "tokenizer with save_pretrained of transformers to get all files")
-    config = read_config(json.loads((folder / "config.json").read_text("utf-8")), args.model)
-    weights = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(path)  # memory-mapped: read when used
+            raise SystemExit(f"--model {args.model}: no {pattern}; save_pretrained writes it")
+    config = read_config(read_json(folder / "config.json"), args.model)
+    weights = {name: weight for path in folder.glob("*.safetensors")  # read when used
+               for name, weight in safetensors.torch.load_file(path).items()}
     return config, weights, Tokenizer(folder, json.loads(args.chat_template_kwargs))
 
 
 def download(model):
     """Download a model from the Hugging Face hub; return its folder."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-
     try:
-        config = Path(hf_hub_download(model, "config.json"))
-        read_config(json.loads(config.read_text("utf-8")), model)  # exits if it is not supported
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+        config = huggingface_hub.hf_hub_download(model, "config.json")
+        read_config(read_json(config), model)  # exits if it is not supported
+        return Path(huggingface_hub.snapshot_download(
+            model, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
     except (OSError, ValueError) as error:
         raise SystemExit(f"--model {model}: no such folder, and no download from the hub: "
                          f"{' '.join(str(error).split()):.300}") from error
@@ -594,36 +584,24 @@ def download(model):
 def make_model(config, weights, device, args):
     """Make a Decoder with these weights (name -> tensor), sharded if there are several processes.
 
-    The model is built on the meta device and gets its weights one by one, so that no process ever
-    holds all of a sharded model.
+    The weights of files are memory-mapped. Each block becomes float32 just before it is sharded, so
+    that no process ever holds all of a sharded model.
     """
     with torch.device("meta"):
         model = Decoder(config, args.lora_rank, args.bf16, args.gradient_checkpointing)
+    for name in model.load_state_dict(weights, strict=False, assign=True).missing_keys:
+        if "lora_" not in name:
+            raise SystemExit(f"--model {args.model}: no tensor {name} in its safetensors files")
     if dist.is_initialized():
         precision = MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32,
                                          cast_forward_inputs=False)
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
         for module in (*model.model.layers, model):
-            fully_shard(module, mesh=mesh, mp_policy=precision)
+            fully_shard(module.float(), mesh=mesh, mp_policy=precision)
             # Add up the gradients: each process computes a part of the mean.     [C5]
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    new_weights = {}
-    for name, param in model.named_parameters():
-        if "lora_a" in name:
-            weight = torch.randn(param.shape) / param.shape[1] ** 0.5
-        elif "lora_b" in name:  # so the adapter starts at 0
-            weight = torch.zeros(param.shape)
-        elif name in weights:
-            weight = weights[name]
-        else:
-            raise SystemExit(f"--model {args.model}: no tensor {name} in its safetensors files")
-        weight = weight.to(device, torch.float32)
-        if isinstance(param, DTensor):
-            weight = distribute_tensor(weight, param.device_mesh, param.placements,
-                                       src_data_rank=None)  # each process copies its part
-        new_weights[name] = weight
-    model.load_state_dict(new_weights, assign=True)
+    model.to(device, torch.float32)
     if args.compile:
         for block in model.model.layers:
             block.compile(dynamic=True)
@@ -641,7 +619,7 @@ def sync_gradients(model, is_last):
 
 def full_tensor(tensor):
     """Return the full tensor of a sharded one, other tensors as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
 def save_model(folder, model, tokenizer):
@@ -649,20 +627,17 @@ def save_model(folder, model, tokenizer):
 
     Adapters are merged. All processes must take part.
     """
-    from safetensors.torch import save_file
-
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = dcp.get_model_state_dict(model, options=options)
+    weights = dcp.get_model_state_dict(model, options=options)
     if get_rank() > 0:
         return
-    weights = {name: weight for name, weight in state.items() if "lora_" not in name}
-    for name in [name for name in state if "lora_b" in name]:
-        lora_a, base = name.replace("lora_b", "lora_a"), name.replace("lora_b", "weight")
-        weights[base] = weights[base] + LORA_SCALE * state[name] @ state[lora_a]
+    for name in [name for name in weights if "lora_b" in name]:
+        lora_b, lora_a = weights.pop(name), weights.pop(name.replace("lora_b", "lora_a"))
+        base = name.replace("lora_b", "weight")
+        weights[base] = weights[base] + LORA_SCALE * lora_b @ lora_a
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    config = {name: value for name, value in model.config.items() if name != "rope"}
-    config |= {"dtype": "float32", "torch_dtype": "float32"}
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = model.config | {"dtype": "float32", "torch_dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     tokenizer.save(folder)
 
@@ -670,73 +645,45 @@ def save_model(folder, model, tokenizer):
 # --- Tokenizer and chat template ---
 
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
 class Tokenizer:
     """The tokenizer, chat template and stop tokens of a Hugging Face folder."""
 
     def __init__(self, folder, template_kwargs):
-        import tokenizers
-
         self.folder = folder
         self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        settings = self.read_json("tokenizer_config.json")
+        settings = read_json(folder / "tokenizer_config.json")
         special_tokens = {name: value["content"] if isinstance(value, dict) else value
                           for name, value in settings.items() if name.endswith("_token") and value}
-        self.template_values = special_tokens | template_kwargs
+        self.template_values = {"tools": None, "documents": None} | special_tokens | template_kwargs
+        self.template = settings.get("chat_template")
+        if (folder / "chat_template.jinja").exists():
+            self.template = (folder / "chat_template.jinja").read_text("utf-8")
+        if isinstance(self.template, list):  # several, by name
+            templates = {each["name"]: each["template"] for each in self.template}
+            self.template = templates.get("default")
         ids = [self.tokenizer.token_to_id(special_tokens.get("eos_token", ""))]
         for file in ("config.json", "generation_config.json"):
-            found = self.read_json(file).get("eos_token_id")
+            found = read_json(folder / file).get("eos_token_id")
             ids += found if isinstance(found, list) else [found]
-        self.stop_ids = [i for i in dict.fromkeys(ids) if i is not None]
+        # The token that ends a turn in the chat template is a stop token, too.
+        turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        with contextlib.suppress(ValueError):  # no template, or one that refuses these messages
+            after_answer = self.render(turn, False).rpartition("answer")[2].lstrip()
+            special_ids = self.tokenizer.get_added_tokens_decoder()
+            ids += [token for token in self.encode(after_answer)[:1] if token in special_ids]
+        self.stop_ids = [token for token in dict.fromkeys(ids) if token is not None]
         if not self.stop_ids:
             raise SystemExit(f"--model {folder}: no end-of-sequence token in its files")
-        template = settings.get("chat_template")
-        if (folder / "chat_template.jinja").exists():
-            template = (folder / "chat_template.jinja").read_text("utf-8")
-        if isinstance(template, list):  # several, by name
-            template = {each["name"]: each["template"] for each in template}.get("default")
-        self.template_source, self.template = template, None  # compiled when it is needed
-
-    def read_json(self, name):
-        """Return the content of a file of the folder, {} if it is missing."""
-        path = self.folder / name
-        return json.loads(path.read_text("utf-8")) if path.exists() else {}
-
-    def load_template(self):
-        """Compile the chat template. The token that ends its turns becomes a stop token."""
-        import jinja2.sandbox  # the template is code that may not be trusted
-
-        if not self.template_source:
-            raise ValueError("there are chat messages, but the model has no chat template")
-        jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
-        jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # not for HTML
-        # Some templates mark what an assistant says, with tags that only transformers knows.
-        source = re.sub(r"({%-?\s*)generation(\s*-?%})", r"\1if true\2", self.template_source)
-        source = re.sub(r"({%-?\s*)endgeneration(\s*-?%})", r"\1endif\2", source)
-        self.template = jinja.from_string(source)
-        turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        with contextlib.suppress(ValueError):  # a template may refuse this conversation
-            after_answer = self.render(turn, False).rpartition("answer")[2].lstrip()
-            first = self.encode(after_answer)[:1]
-            if first and first[0] in self.tokenizer.get_added_tokens_decoder():
-                self.stop_ids += [token for token in first if token not in self.stop_ids]
 
     def render(self, messages, add_generation_prompt):
         """Return the text of chat messages, with the beginning of an assistant's turn if wanted."""
-        import jinja2
-
+        if not self.template:
+            raise ValueError("there are chat messages, but the model has no chat template")
+        values = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            if self.template is None:
-                self.load_template()
-            return self.template.render(
-                {"messages": messages, "add_generation_prompt": add_generation_prompt,
-                 "tools": None, "documents": None} | self.template_values)
+            return compile_template(self.template).render(values | self.template_values)
         except jinja2.TemplateError as error:
             raise ValueError(f"chat template: {error}") from error
 
@@ -747,22 +694,24 @@ class Tokenizer:
         return self.tokenizer.decode(tokens, skip_special_tokens)
 
     def save(self, folder):
-        for pattern in ("*token*.json", "chat_template.jinja"):
-            for path in self.folder.glob(pattern):
-                shutil.copy(path, folder)
-        # With the token that ends the turns of the chat template, see load_template.
-        generation = self.read_json("generation_config.json") | {"eos_token_id": self.stop_ids}
+        for path in [*self.folder.glob("*token*.json"), *self.folder.glob("chat_template.jinja")]:
+            (folder / path.name).write_bytes(path.read_bytes())
+        generation = read_json(self.folder / "generation_config.json")
+        generation["eos_token_id"] = self.stop_ids  # with the token that ends a turn
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
 
 
-def check_messages(name, messages):
-    """Raise ValueError unless this value of a row is a list of chat messages with texts."""
-    valid = isinstance(messages, list) and messages and all(
-        isinstance(message, dict) and isinstance(message.get("content"), str)
-        and message.get("role") in ROLES for message in messages)
-    if not valid:
-        raise ValueError(f"`{name}` must be a text, or chat messages with `content`, a text, and "
-                         f"`role`: {', '.join(ROLES)}")
+@functools.cache
+def compile_template(source):
+    """Compile a chat template as transformers does; it is code that may not be trusted."""
+    jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
+    # Jinja's own filter is for HTML.
+    jinja.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+    # Some templates mark what an assistant says, with tags that only transformers knows.
+    source = re.sub(r"({%-?\s*)(end)?generation(\s*-?%})", r"\1set _ = 0\3", source)
+    return jinja.from_string(source)
 
 
 def raise_exception(message):
@@ -789,15 +738,14 @@ def load_pairs(args, tokenizer, model, folder):
                 *make_pairs(model, tokenizer, args.train_pairs, False, args)]
         if get_rank() == 0:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if dist.is_initialized():
-            dist.barrier()  # the others read it
+        all_gather_object(None)  # wait: the others read it
     max_length = min(args.max_length, model.config["max_position_embeddings"])
     # The prompts with the lowest hashes are held out, with all their pairs. The tiny GPT has made
     # its held-out pairs from sums with the lowest hashes.
     rows = sorted(read_rows(path, lambda row: read_pair(row, tokenizer, max_length),
                             args.skip_bad_rows), key=lambda row: row[0])
     num_heldout = max(min(args.eval_pairs, len(rows) // 10), 1) if args.data else args.eval_pairs
-    limit, _ = rows[num_heldout - 1]
+    limit = max((prompt_hash for prompt_hash, _ in rows[:num_heldout]), default=0.0)
     heldout = [pair for prompt_hash, pair in rows if prompt_hash <= limit]
     pairs = [pair for prompt_hash, pair in rows if prompt_hash > limit]
     if args.max_steps:
@@ -809,28 +757,20 @@ def load_pairs(args, tokenizer, model, folder):
 
 
 def plan(pairs, heldout, tokenizer, args):
-    """Return and print the number of batches, and of batches between evaluations."""
+    """Return the number of batches, and of batches between evaluations. Print them and a pair."""
     num_steps = args.max_steps or args.num_epochs * (len(pairs) // args.batch_size)
     # Evaluating a pair takes a third of the time of learning from it. For 5 % of the time:
     # len(heldout) / 3 = 0.05 * eval_every * batch_size
     eval_every = args.eval_every or math.ceil(len(heldout) / (3 * 0.05 * args.batch_size))
+    num_cut = sum(answer[-1] not in tokenizer.stop_ids
+                  for pair in pairs + heldout for answer in (pair.chosen, pair.rejected))
+    prompt, chosen, rejected = (tokenizer.decode(list(ids), False) for ids in pairs[0])
     if get_rank() == 0:
-        num_cut = sum(answer[-1] not in tokenizer.stop_ids
-                      for pair in pairs + heldout for answer in (pair.chosen, pair.rejected))
         print(f"{len(pairs)} pairs to learn from, {len(heldout)} held out; {num_cut} answers cut; "
-              f"{num_steps} batches of {args.batch_size} pairs, an evaluation every {eval_every}")
-        if args.model:
-            print_example(pairs[0], tokenizer)
+              f"{num_steps} batches of {args.batch_size} pairs, an evaluation every {eval_every}\n"
+              "A pair as the model sees it, the trained part in >>> <<<:\n"
+              f"{prompt}>>>{chosen}<<<\nrejected: >>>{rejected}<<<")
     return num_steps, eval_every
-
-
-def print_example(pair, tokenizer):
-    """Print a pair as the model sees it."""
-    if tokenizer.template_source and not tokenizer.template:
-        print("All prompts are texts: the chat template of the model is not used.")
-    prompt, chosen, rejected = (tokenizer.decode(list(ids), False) for ids in pair)
-    print("A pair as the model sees it, the trained part in >>> <<<:")
-    print(f"{prompt}>>>{chosen}<<<\nrejected: >>>{rejected}<<<")
 
 
 def read_pair(row, tokenizer, max_length):
@@ -839,18 +779,15 @@ def read_pair(row, tokenizer, max_length):
     Returns None if the answers do not differ within max_length tokens.
     """
     prompt, *answers = split_row(row)
-    if isinstance(prompt, str):
-        prompt_ids = tokenizer.encode(prompt, add_special_tokens=True)
-    else:  # the text of an answer is what it adds to the text of the prompt
+    start = prompt
+    if isinstance(prompt, list):  # the text of an answer is what it adds to the text of the prompt
         start = tokenizer.render(prompt, add_generation_prompt=True)
-        conversations = [tokenizer.render(prompt + answer, False) for answer in answers]
-        if not all(text.startswith(start) for text in conversations):
+        answers = [tokenizer.render(prompt + answer, False) for answer in answers]
+        if not all(text.startswith(start) for text in answers):
             raise ValueError("the chat template changes the prompt when an answer follows")
-        prompt_ids = tokenizer.encode(start)
-        answers = [text.removeprefix(start) for text in conversations]
+        answers = [text.removeprefix(start) for text in answers]
+    prompt_ids = tokenizer.encode(start, add_special_tokens=isinstance(prompt, str))
     chosen, rejected = (encode_answer(text, tokenizer) for text in answers)
-    if not prompt or not prompt_ids:
-        raise ValueError("the prompt is empty")
     if chosen == rejected:
         raise ValueError("`chosen` and `rejected` are equal")
     room = max(max_length - len(prompt_ids), 0)
@@ -871,28 +808,35 @@ def split_row(row):
         parts = [[{"role": role, "content": part}] if isinstance(part, str) else part
                  for role, part in zip(("user", "assistant", "assistant"), parts)]
     prompt, chosen, rejected = parts
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        if not isinstance(answer, str):
-            check_messages(name, answer)
-        text = answer if isinstance(answer, str) else answer[-1]["content"]
-        if not text.strip():
-            raise ValueError(f"`{name}` is empty")
-    # Answers that begin with another role are whole conversations, prompt included. A `prompt` that
-    # is a text, and may be formatted otherwise, is then ignored.
-    is_conversation = isinstance(chosen, list) and chosen[0]["role"] != "assistant"
-    if is_conversation and isinstance(row.get("prompt"), list) and prompt != chosen[:len(prompt)]:
-        raise ValueError("`chosen` does not begin with the messages of `prompt`")
-    if prompt is None or is_conversation:
+    check_part("chosen", chosen)
+    check_part("rejected", rejected)
+    is_chat = isinstance(chosen, list)
+    # Answers that begin with another role are whole conversations, prompt included. A `prompt`,
+    # which may be formatted otherwise, is then ignored.
+    if prompt is None or (is_chat and chosen[0]["role"] != "assistant"):
         prompt = common_beginning(chosen, rejected)
         chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
-    if not (type(prompt) is type(chosen) is type(rejected) and chosen and rejected):
-        raise ValueError("`prompt`, `chosen` and `rejected` must be texts, or messages; after what "
-                         "`chosen` and `rejected` have in common, both must go on")
-    if isinstance(prompt, list):
-        check_messages("prompt", prompt)
-        if {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
-            raise ValueError("an answer must begin with a message of the assistant")
+    check_part("prompt", prompt)
+    if not (chosen and rejected):
+        raise ValueError("after what `chosen` and `rejected` have in common, both must go on")
+    if is_chat and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
+        raise ValueError("an answer must begin with a message of the assistant")
     return prompt, chosen, rejected
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def check_part(name, part):
+    """Raise ValueError unless this value of a row is a text or a list of chat messages."""
+    messages = part if isinstance(part, list) else [{"role": "user", "content": part}]
+    for message in messages:
+        is_message = isinstance(message, dict) and message.get("role") in ROLES
+        if not is_message or not isinstance(message.get("content"), str):
+            raise ValueError(f"`{name}` must be a text, or chat messages with `content`, a text, "
+                             f"and `role`: {', '.join(ROLES)}")
+    if not messages or not messages[-1]["content"].strip():
+        raise ValueError(f"`{name}` is empty")
 
 
 def common_beginning(chosen, rejected):
@@ -917,18 +861,17 @@ def read_rows(path, convert, skip_bad_rows):
     opener = gzip.open if str(path).endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
-            items = file.readlines()
-        if next(filter(str.strip, items), "").lstrip().startswith("["):
-            items = map(json.dumps, json.loads("".join(items)))
+            text = file.read()
+        items = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
     except (OSError, EOFError, ValueError) as error:
         raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
     rows, bad = [], Counter()
     for number, item in enumerate(items, 1):
-        if not item.strip():  # an empty line
+        if isinstance(item, str) and not item.strip():  # an empty line
             continue
         try:
             with contextlib.suppress(ValueError):  # no JSON: stays a text, which is refused
-                item = json.loads(item)
+                item = json.loads(item) if isinstance(item, str) else item
             if not isinstance(item, dict):
                 raise ValueError("not a JSON object; expected JSON lines or a JSON array")
             rows.append(convert(item))
@@ -941,8 +884,6 @@ def read_rows(path, convert, skip_bad_rows):
         print(f"{path}: {len(used)} rows used, {len(rows) - len(used)} too long, {bad.total()} bad")
         for reason, count in bad.most_common(10):
             print(f"  {count} skipped: {reason}")
-    if not used:
-        raise SystemExit(f"--data {path}: no rows that can be used")
     return used
 
 
@@ -957,8 +898,8 @@ class Characters:
     def encode(self, text, add_special_tokens=False):
         return [self.symbols.index(character) for character in text]
 
-    def decode(self, tokens):
-        return "".join(self.symbols[token] for token in tokens if token != 0)
+    def decode(self, tokens, skip_special_tokens=True):
+        return "".join(self.symbols[token] for token in tokens if token or not skip_special_tokens)
 
 
 def addition(rng, held_out=False):
@@ -987,27 +928,22 @@ def tiny_config(vocab_size):
 def pretrain(args, device):
     """Train a tiny GPT on sums that are mostly wrong: supervised learning, with Adam.
 
-    Returns the same as load_model.
+    Returns the same as load_model. With --resume the weights come from the checkpoint later.
     """
     tokenizer = Characters()
     config = read_config(tiny_config(len(tokenizer.symbols)), "tiny")
     model = Decoder(config).to(device)
-    if args.resume:  # the weights come from the checkpoint
-        return config, model.state_dict(), tokenizer
     for param in model.parameters():
         if param.dim() == 2:
             nn.init.normal_(param, std=0.1)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=True)
     rng = random.Random(f"pretrain {args.seed}")
-    bar = tqdm(range(args.pretrain_steps), "pretraining", leave=False,
-               disable=get_rank() > 0 or None)  # None: shown in a terminal only
-    for step in bar:
-        remaining = 1 - step / args.pretrain_steps
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 3 * remaining)
+    num_steps = 0 if args.resume else args.pretrain_steps
+    for step in tqdm(range(num_steps), "pretraining", leave=False, disable=get_rank() > 0 or None):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 3 * (1 - step / num_steps))
         examples = [addition(rng) for _ in range(256)]
         rows = [(tokenizer.encode(example["prompt"]),
-                 tokenizer.encode(example["pretrain_answer"]) + tokenizer.stop_ids)
-                for example in examples]
+                 encode_answer(example["pretrain_answer"], tokenizer)) for example in examples]
         inputs, targets, mask = pad_batch(rows, device)
         logprob = token_logprobs(model(inputs), model.output_weight(), targets, mask)
         loss = -logprob.sum() / mask.sum()
@@ -1027,12 +963,10 @@ def draw_answers(model, tokenizer, prompts, temperature, rng):
         rows, index = tokens.unique(dim=0, return_inverse=True)  # compute equal rows once
         hidden = model(rows)[:, -1]
         logits = F.linear(hidden, model.output_weight().to(hidden.dtype)).float()[index]  # (R, V)
-        token = logits.argmax(-1, keepdim=True)
-        if temperature > 0:
-            token = (logits / temperature).softmax(-1).multinomial(1, generator=rng)
+        token = (logits / max(temperature, 1e-6)).softmax(-1).multinomial(1, generator=rng)
         tokens = torch.cat([tokens, token], 1)
-    answers = tokens[:, -4:].tolist()
-    return [tokenizer.decode(itertools.takewhile(bool, answer)) for answer in answers]  # 0: stop
+    # Token 0 is the stop token.
+    return [tokenizer.decode(itertools.takewhile(bool, row)) for row in tokens[:, -4:].tolist()]
 
 
 def digit_reward(answer, example):
@@ -1068,45 +1002,38 @@ def make_pairs(model, tokenizer, count, held_out, args):
 
 @torch.no_grad()
 def evaluate_sums(model, tokenizer, ref_logprob, args):
-    """Measure the tiny GPT on held-out sums, and how far it is from the best policy π*.
+    """Measure the tiny GPT on held-out sums, and how far it is from the best policy π*; print it.
 
     All 1,000 answers of three digits are enumerated for some sums. ref_logprob: their "logprob"
     (B, 1000) before training, None in that first call.
     """
     rng, result = random.Random("evaluation"), {}
     examples = [addition(rng, held_out=True) for _ in range(1024)]
+    prompts = [example["prompt"] for example in examples]
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        prompts = [example["prompt"] for example in examples]
+    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         answers = draw_answers(model, tokenizer, prompts, temperature, generator)
         correct = [answer == example["answer"] for answer, example in zip(answers, examples)]
         result[name] = sum(correct) / len(correct)
-    texts = [f"{n:03}" for n in range(1000)]
-    logprobs, rewards = [], []
-    for example in examples[:16]:
-        prompt = tokenizer.encode(example["prompt"])
-        rows = [(prompt, tokenizer.encode(text) + tokenizer.stop_ids) for text in texts]
-        inputs, targets, mask = pad_batch(rows, args.device)
-        logprob = token_logprobs(model(inputs), model.output_weight(), targets, mask)
-        logprobs.append(logprob.sum(1).cpu())
-        rewards.append(torch.tensor([digit_reward(text, example) for text in texts]))
-    logprob = torch.stack(logprobs).log_softmax(-1)  # (B, 1000), of these answers alone
-    reward = torch.stack(rewards)
+    examples, texts = examples[:16], [f"{n:03}" for n in range(1000)]
+    rows = [(tokenizer.encode(example["prompt"]), encode_answer(text, tokenizer))
+            for example in examples for text in texts]
+    inputs, targets, mask = pad_batch(rows, args.device)
+    logprob = token_logprobs(model(inputs), model.output_weight(), targets, mask).sum(1).cpu()
+    logprob = logprob.view(-1, 1000).log_softmax(-1)  # (B, 1000), of these answers alone
+    reward = torch.tensor([[digit_reward(text, example) for text in texts] for example in examples])
+    title = "before" if ref_logprob is None else "after"
     ref_logprob = logprob if ref_logprob is None else ref_logprob
     best = best_policy(ref_logprob, reward, args.beta)
-    for name, column in (("reward", reward), ("kl_to_ref", logprob - ref_logprob),
-                         ("kl_to_best", logprob - best)):
-        result[name] = (logprob.exp() * column).sum(1).mean().item()
-    result["best_reward"] = (best.exp() * reward).sum(1).mean().item()
+    for name, policy, value in (
+            ("reward", logprob, reward), ("best_reward", best, reward),
+            ("kl_to_ref", logprob, logprob - ref_logprob), ("kl_to_best", logprob, logprob - best)):
+        result[name] = (policy.exp() * value).sum(1).mean().item()
+    if get_rank() == 0:
+        print("{}: greedy accuracy {greedy:.3f}, sampled {sampled:.3f}; E[r] {reward:.3f}, of pi* "
+              "{best_reward:.3f}; KL(pi||pi_ref) {kl_to_ref:.3f}, KL(pi||pi*) {kl_to_best:.3f}"
+              .format(title, **result))
     return result | {"logprob": logprob}
-
-
-def print_summary(before, after):
-    """Print what training has changed."""
-    for name, result in (("before", before), ("after", after)):
-        print("{}: greedy accuracy {greedy:.3f}, sampled {sampled:.3f}; E[r] {reward:.3f}; "
-              "KL(pi||pi_ref) {kl_to_ref:.3f}, KL(pi||pi*) {kl_to_best:.3f}".format(name, **result))
-    print(f"pi*: E[r] {after['best_reward']:.3f}")
 
 
 # --- Flags and processes ---
@@ -1165,8 +1092,8 @@ def setup(args):
         json.loads(args.chat_template_kwargs).items()
     except (ValueError, AttributeError) as error:
         raise SystemExit("--chat-template-kwargs: expected a JSON object") from error
-    if args.eval_pairs < 1 or args.max_steps == 0:
-        raise SystemExit("--eval-pairs and --max-steps must be at least 1")
+    if args.eval_pairs < 1:
+        raise SystemExit("--eval-pairs must be at least 1")
     if args.loss_type == "ipo" and (args.label_smoothing or args.gamma_margin):
         raise SystemExit("--loss-type ipo: has no --label-smoothing and no --gamma-margin")
     torch.manual_seed(args.seed)  # the same weights in all processes
@@ -1186,13 +1113,17 @@ def get_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def all_gather_object(value):
+    """Return the values of all processes, in order of rank. It waits until all have called it."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def all_gather(tensor):
     """Return the rows (n, ...) of all processes as one tensor on the CPU, in order of rank."""
-    if not dist.is_initialized():
-        return tensor.cpu()
-    tensors = [None] * dist.get_world_size()
-    dist.all_gather_object(tensors, tensor.cpu())
-    return torch.cat(tensors)
+    return torch.cat(all_gather_object(tensor.cpu()))
 
 
 def local_rows(rows):
@@ -1208,12 +1139,12 @@ def load_checkpoint(folder):
     return torch.load(Path(folder) / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
 
 
-# The attributes of Logger that a checkpoint keeps.
-PROGRESS = ("step", "seconds", "score", "csv_size", "before", "heldout", "ref_logprob",
-            "data_hash", "wandb_id")
+# The attributes of Logger that a checkpoint keeps, as they are at the start.
+PROGRESS = {"step": 0, "seconds": 0.0, "score": math.nan, "csv_size": 0, "before": None,
+            "heldout": {}, "ref_logprob": None, "data_hash": None, "wandb_id": None}
 
 
-class Logger:
+class Logger(contextlib.AbstractContextManager):
     """Writes the run's folder (args.json, metrics.csv, checkpoint.pt), progress bar and wandb.
 
     With --resume it loads the model, the optimizer and the progress. before: evaluate_sums before
@@ -1223,19 +1154,16 @@ class Logger:
 
     def __init__(self, args, model, optimizer):
         self.args, self.model, self.optimizer = args, model, optimizer
-        self.step, self.seconds, self.score, self.csv_size = 0, 0.0, math.nan, 0
-        self.before, self.heldout, self.ref_logprob, self.data_hash = None, {}, None, None
-        self.wandb, self.wandb_id, self.interrupted = None, None, False
-        task = Path(args.data).stem or "addition"
-        name = f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        shared = [f"{name}-{time.time_ns() % 10**9}"]
-        if dist.is_initialized():
-            dist.broadcast_object_list(shared)  # that of process 0
-        self.dir = Path(args.resume or args.run_dir or f"runs/{shared[0]}")
+        self.wandb, self.interrupted = None, False
+        vars(self).update(PROGRESS)
+        name = f"{Path(__file__).stem}-{Path(args.data).stem or 'addition'}-{args.seed}"
+        name += f"-{datetime.now():%Y%m%d-%H%M%S-%f}"  # process 0 decides
+        self.dir = Path(args.resume or args.run_dir or f"runs/{all_gather_object(name)[0]}")
         if args.resume:
             self.load()
         self.start, self.saved_at = time.perf_counter() - self.seconds, time.perf_counter()
         self.bar = tqdm(initial=self.step, unit=" batches", disable=get_rank() > 0 or None)
+        self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
         if get_rank() > 0:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -1266,9 +1194,7 @@ class Logger:
 
     def stopped(self):
         """Whether Ctrl-C was pressed in any process; the same in all."""
-        interrupted = bool(all_gather(torch.tensor([self.interrupted])).any())
-        self.interrupted = self.interrupted or interrupted  # it may have changed in the meantime
-        return interrupted
+        return any(all_gather_object(self.interrupted))
 
     def write(self, **metrics):
         """Log one batch; save a checkpoint from time to time."""
@@ -1284,8 +1210,8 @@ class Logger:
             self.csv_size = self.csv.tell()
             if self.wandb:
                 self.wandb.log(row, step=self.step)
-        waited = all_gather(torch.tensor([time.perf_counter() - self.saved_at]))
-        if waited[0] >= self.args.checkpoint_seconds:  # by the clock of the first process
+        waited = all_gather_object(time.perf_counter() - self.saved_at)[0]  # clock of process 0
+        if waited >= self.args.checkpoint_seconds:
             self.save()
 
     def save(self):
@@ -1296,17 +1222,15 @@ class Logger:
         """
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True,
                                        ignore_frozen_params=bool(self.args.model))
-        state = {"args": asdict(self.args), "optimizer": None,
-                 "progress": {name: getattr(self, name) for name in PROGRESS},
-                 "model": dcp.get_model_state_dict(self.model, options=options)}
-        if self.optimizer.state:  # if it is empty, dcp would take a step to create it
-            state["optimizer"] = dcp.get_optimizer_state_dict(
-                self.model, self.optimizer, options=options)
+        # Before the first step the optimizer has no state, and dcp would take a step to create it.
+        optimizers = [self.optimizer] if self.optimizer.state else []
+        weights, optimizer = dcp.get_state_dict(self.model, optimizers, options=options)
+        state = {"args": asdict(self.args), "model": weights, "optimizer": optimizer,
+                 "progress": {name: getattr(self, name) for name in PROGRESS}}
         if get_rank() == 0:  # first under another name, so that it is never partly written
             torch.save(state, self.dir / "checkpoint.tmp")
             (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
-        if dist.is_initialized():
-            dist.barrier()  # torchrun may end process 0 when the others leave
+        all_gather_object(None)  # wait: torchrun may end process 0 when the others leave
         self.saved_at = time.perf_counter()
 
     def load(self):
@@ -1314,14 +1238,9 @@ class Logger:
         saved = load_checkpoint(self.args.resume)
         vars(self).update(saved["progress"])
         options = dcp.StateDictOptions(full_state_dict=True, strict=False)
-        dcp.set_model_state_dict(self.model, saved["model"], options=options)
-        if saved["optimizer"]:
-            dcp.set_optimizer_state_dict(
-                self.model, self.optimizer, saved["optimizer"], options=options)
-
-    def __enter__(self):
-        self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
-        return self
+        optimizers = [self.optimizer] if saved["optimizer"] else []
+        dcp.set_state_dict(self.model, optimizers, model_state_dict=saved["model"],
+                           optim_state_dict=saved["optimizer"], options=options)
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
@@ -1329,12 +1248,11 @@ class Logger:
         if kind is None or (issubclass(kind, Exception) and not dist.is_initialized()):
             self.save()
         signal.signal(signal.SIGINT, self.old_handler)
-        if kind is None:
-            self.stopped()  # after that, self.interrupted is the same in all processes
+        stopped = kind is KeyboardInterrupt or (kind is None and self.stopped())
         if get_rank() == 0 and kind is not SystemExit:  # a mistake of the user's has its own line
             print(f"score {self.score:.3f} after {self.step} batches, {self.seconds:.0f} s; "
                   f"files in {self.dir}")
-        if self.interrupted and kind in (None, KeyboardInterrupt):
+        if stopped:
             raise SystemExit(130)
 
 

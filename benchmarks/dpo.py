@@ -150,11 +150,11 @@ def train(*flags):
              f"{folder}/run"], check=True, capture_output=True, text=True)
         seconds = time.perf_counter() - start
     lines = {name: [float(figure) for figure in re.findall(r"(?<=[ ])-?[0-9]+[.][0-9]+", line)]
-             for name, line in re.findall(r"^(score|before|after|pi\*)(.*)$", done.stdout, re.M)}
-    names = ["greedy", "sampled", "reward", "kl_to_ref", "kl_to_best"]
+             for name, line in re.findall(r"^(score|before|after)(.*)$", done.stdout, re.M)}
+    names = ["greedy", "sampled", "reward", "best_reward", "kl_to_ref", "kl_to_best"]
     before, after = (dict(zip(names, lines[name])) for name in ("before", "after"))
     return seconds, [lines["score"][0], before["greedy"], before["sampled"], after["greedy"],
-                     after["sampled"], before["reward"], after["reward"], lines["pi*"][0],
+                     after["sampled"], before["reward"], after["reward"], after["best_reward"],
                      after["kl_to_ref"], before["kl_to_best"], after["kl_to_best"]]
 
 

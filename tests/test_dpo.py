@@ -676,8 +676,6 @@ MODEL = SimpleNamespace(config={"max_position_embeddings": 64})
 class Letters(dpo.Characters):
     """With a chat template: the content of the last message."""
 
-    template_source = template = None
-
     def render(self, messages, add_generation_prompt):
         return messages[-1]["content"]
 
@@ -712,9 +710,9 @@ BAD_ROWS = [
     (GOOD | {"chosen": " "}, ["empty"]),
     (GOOD | {"rejected": ""}, ["empty"]),
     (GOOD | {"prompt": [{"role": "user", "content": "1"}], "rejected": " "}, ["empty"]),
-    (GOOD | {"prompt": ""}, ["prompt is empty"]),
+    (GOOD | {"prompt": ""}, ["`prompt` is empty"]),
     (GOOD | {"prompt": "é"}, []),
-    (GOOD | {"prompt": 7}, ["texts"]),
+    (GOOD | {"prompt": 7}, ["`prompt` must be a text"]),
     (GOOD | {"chosen": [1, 2]}, ["`chosen` must be a text"]),
     (GOOD | {"chosen": [{"role": "assistant"}]}, ["content"]),
 ]
@@ -742,8 +740,8 @@ def test_a_pair_is_cut_at_the_context_of_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("rows, words", [
-    ([], ["no rows"]), (["", " "], ["no rows"]), ([GOOD] * 3, ["--batch-size 1", "0", "3"]),
-    ([GOOD | {"prompt": "1" * 64}], ["no rows"]),
+    ([], ["only 0 pairs"]), (["", " "], ["only 0 pairs"]),
+    ([GOOD] * 3, ["--batch-size 1", "0", "3"]), ([GOOD | {"prompt": "1" * 64}], ["only 0 pairs"]),
 ])
 def test_too_few_rows_end_in_one_line(rows, words, tmp_path):
     with pytest.raises(SystemExit) as stop:
@@ -837,8 +835,6 @@ def test_help_shows_the_defaults_of_the_model(capsys):
         (["--model", "/x"], ["--model", "--data"]),
         (["--data", "/nowhere.jsonl"], ["--model", "--data"]),
         (["--model", "/nowhere/at/all", "--data", __file__], ["--model /nowhere/at/all"]),
-        (["--eval-pairs", 0], ["--eval-pairs", "at least 1"]),
-        (["--max-steps", 0], ["--max-steps", "at least 1"]),
         (["--loss-type", "ipo", "--gamma-margin", 1], ["--loss-type ipo", "--gamma-margin"]),
         (["--loss-type", "ipo", "--label-smoothing", 0.1], ["--label-smoothing"]),
         (["--resume", "/nowhere"], ["/nowhere", "not a run"]),
@@ -1117,7 +1113,8 @@ def test_a_second_ctrl_c_stops_at_once(llama, tmp_path, capsys, monkeypatch):
 def test_ctrl_c_during_the_exchange_is_not_lost(monkeypatch):
     log = dpo.Logger.__new__(dpo.Logger)
     log.interrupted = False
-    monkeypatch.setattr(dpo, "all_gather", lambda sent: setattr(log, "interrupted", True) or sent)
+    monkeypatch.setattr(dpo, "all_gather_object", lambda sent: (
+        setattr(log, "interrupted", True) or [sent]))
     assert not log.stopped()  # the other processes do not know of it yet
     assert log.interrupted
 
@@ -1139,7 +1136,7 @@ def test_after_an_error_in_one_of_several_processes_nothing_is_saved(processes, 
 def test_checkpoints_go_by_the_clock_of_the_first_process(waited, saved, monkeypatch):
     log, saves = dpo.Logger.__new__(dpo.Logger), []
     monkeypatch.setattr(dpo, "get_rank", lambda: 1)
-    monkeypatch.setattr(dpo, "all_gather", lambda _: torch.tensor(waited))
+    monkeypatch.setattr(dpo, "all_gather_object", lambda _: waited)
     bar = SimpleNamespace(set_postfix=lambda **_: None, update=lambda: None)
     vars(log).update(args=flags(), bar=bar, start=0.0, saved_at=0.0, score=0.0,
                      save=lambda: saves.append(1))
@@ -1493,7 +1490,7 @@ def test_ctrl_c_in_one_of_two_processes_stops_both_and_one_goes_on(
 def test_the_tiny_gpt_in_two_processes(two_ranks, tmp_path, capsys, monkeypatch):
     results, (folder, done) = results_of(two_ranks), two_ranks
     monkeypatch.setattr(dpo, "tiny_config", small_config)
-    assert done.stdout.count("before:") == done.stdout.count("pi*: E[r]") == 1
+    assert done.stdout.count("before:") == done.stdout.count("after:") == 1
     code, alone, (_, score) = call(capsys, *TINY, "--max-steps", 3, "--run-dir", tmp_path)
     assert code == 0 and results[0]["score"] == results[1]["score"] == pytest.approx(score, abs=0.1)
     one, two = ((run / "pairs.jsonl").read_text() for run in (tmp_path, folder / "tiny"))
