@@ -543,6 +543,8 @@ def read_config(config, folder):
     rope |= config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope["rope_type"] = rope.get("type", rope["rope_type"])
     found = {"model_type": None} | rope | config
+    if "sliding_attention" in (config.get("layer_types") or []):
+        found["use_sliding_window"] = True
     supported = {"model_type": ["llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"],
                  "hidden_act": ["silu"], "use_sliding_window": [False], "attention_bias": [False],
                  "mlp_bias": [False], "quantization_config": [None], "partial_rotary_factor": [1.0]}
@@ -1016,10 +1018,10 @@ def evaluate_sums(model, tokenizer, ref_logprob, args):
         correct = [answer == example["answer"] for answer, example in zip(answers, examples)]
         result[name] = sum(correct) / len(correct)
     examples, texts = examples[:16], [f"{n:03}" for n in range(1000)]
-    rows = [(tokenizer.encode(example["prompt"]), encode_answer(text, tokenizer))
-            for example in examples for text in texts]
-    inputs, targets, mask = pad_batch(rows, args.device)
-    logprob = token_logprobs(model(inputs), model.output_weight(), targets, mask).sum(1).cpu()
+    answers = [encode_answer(text, tokenizer) for text in texts]
+    pairs = [Pair(tokenizer.encode(example["prompt"]), first, second)
+             for example in examples for first, second in zip(answers[::2], answers[1::2])]
+    logprob = all_answer_logprobs(model, pairs, args.micro_batch_size, args.device, "evaluation")
     logprob = logprob.view(-1, 1000).log_softmax(-1)  # (B, 1000), of these answers alone
     reward = torch.tensor([[digit_reward(text, example) for text in texts] for example in examples])
     title = "before" if ref_logprob is None else "after"
@@ -1144,7 +1146,7 @@ PROGRESS = {"step": 0, "seconds": 0.0, "score": math.nan, "csv_size": 0, "before
             "heldout": {}, "ref_logprob": None, "data_hash": None, "wandb_id": None}
 
 
-class Logger(contextlib.AbstractContextManager):
+class Logger:
     """Writes the run's folder (args.json, metrics.csv, checkpoint.pt), progress bar and wandb.
 
     With --resume it loads the model, the optimizer and the progress. before: evaluate_sums before
@@ -1163,7 +1165,6 @@ class Logger(contextlib.AbstractContextManager):
             self.load()
         self.start, self.saved_at = time.perf_counter() - self.seconds, time.perf_counter()
         self.bar = tqdm(initial=self.step, unit=" batches", disable=get_rank() > 0 or None)
-        self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
         if get_rank() > 0:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -1241,6 +1242,10 @@ class Logger(contextlib.AbstractContextManager):
         optimizers = [self.optimizer] if saved["optimizer"] else []
         dcp.set_state_dict(self.model, optimizers, model_state_dict=saved["model"],
                            optim_state_dict=saved["optimizer"], options=options)
+
+    def __enter__(self):
+        self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
+        return self
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()

@@ -69,7 +69,7 @@ model continues, or a list of chat messages. The default reward also needs `answ
 Memory in bytes per parameter; activations and the cache come on top:
     16    weights, gradients and AdamW; 4 with LoRA
      2    a copy that generates, with --bf16; else 4 with --compile or torchrun, 0 without
-     4    the reference policy, if β > 0 and without LoRA
+     4    the reference policy, if β > 0; with LoRA and one process 0, as the weights are shared
 torchrun divides this among the processes, except the gradients, the copy that generates and the
 embeddings of the reference policy.
 
@@ -86,26 +86,27 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import huggingface_hub
+import jinja2.sandbox
+import safetensors.torch
+import tokenizers
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
 import tyro
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -365,8 +366,10 @@ def train(args, reward=None):
     eval_every = plan_evaluations(len(heldout), args)
     model = make_model(config, weights, device, args)
     reference = None
-    if args.beta:  # with LoRA it shares the frozen weights of the model, else it has its own
-        initial = dict(model.named_parameters()) if args.lora_rank else weights
+    if args.beta:
+        initial = weights
+        if args.lora_rank and not dist.is_initialized():
+            initial = dict(model.named_parameters())  # shares the frozen weights of the model
         reference = make_model(config, initial, device, args, is_reference=True)
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, args.learning_rate, weight_decay=0.0, fused=True)
@@ -573,14 +576,15 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features, out_features, bias=False, rank=0):
         super().__init__(in_features, out_features, bias)
-        self.rank = rank
         if rank:
-            self.lora_a = nn.Parameter(torch.empty(rank, in_features))
-            self.lora_b = nn.Parameter(torch.zeros(out_features, rank))
+            # Never on the meta device, as they are in no file.
+            lora_a = torch.randn(rank, in_features, device="cpu") / in_features ** 0.5
+            self.lora_a = nn.Parameter(lora_a)
+            self.lora_b = nn.Parameter(torch.zeros(out_features, rank, device="cpu"))
 
     def forward(self, x):
         y = super().forward(x)
-        if self.rank:
+        if hasattr(self, "lora_a"):
             y = y + LORA_SCALE * F.linear(F.linear(x, self.lora_a), self.lora_b)
         return y
 
@@ -598,27 +602,22 @@ class Attention(nn.Module):
         self.k_proj = Linear(width, kv_size, bias, rank)
         self.v_proj = Linear(width, kv_size, bias, rank)
         self.o_proj = Linear(q_size, width, False, rank)
-        has_norm = config["model_type"] == "qwen3"
-        eps = config["rms_norm_eps"]
-        self.q_norm = nn.RMSNorm(self.head_dim, eps) if has_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps) if has_norm else nn.Identity()
+        norm = nn.RMSNorm if config["model_type"] == "qwen3" else nn.Identity
+        self.q_norm = norm(self.head_dim, config["rms_norm_eps"])
+        self.k_norm = norm(self.head_dim, config["rms_norm_eps"])
 
-    def forward(self, x, rotation, cache=None):
+    def forward(self, x, cos, sin, cache=None):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))           # (R, heads, L, E)
         qk = torch.cat([self.q_norm(q.float()), self.k_norm(k.float())], 1)  # fewer kernels
-        q, k = rotate(qk, *rotation).to(v.dtype).split([q.shape[1], k.shape[1]], 1)
+        left, right = qk.chunk(2, -1)  # rotate the halves; cos and sin are (1 or R, 1, L, E/2)
+        qk = torch.cat([left * cos - right * sin, right * cos + left * sin], -1).to(v.dtype)
+        q, k = qk.split([q.shape[1], k.shape[1]], 1)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
             y = cache.attend(self.layer, q, k, v)
         return self.o_proj(y.transpose(1, 2).flatten(2))
-
-
-def rotate(x, cos, sin):
-    """Rotate the halves of x (R, heads, L, E) by angles; cos and sin are (1 or R, 1, L, E/2)."""
-    left, right = x.chunk(2, -1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
 
 class MLP(nn.Module):
@@ -645,8 +644,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
         self.mlp = MLP(config, rank)
 
-    def forward(self, x, rotation, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rotation, cache)
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -666,9 +665,8 @@ class Decoder(nn.Module):
         self.model.norm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
         if not config["tie_word_embeddings"]:
             self.lm_head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
-        if rank:
-            for name, param in self.named_parameters():
-                param.requires_grad_("lora_" in name)
+        for name, param in self.named_parameters():
+            param.requires_grad_(not rank or "lora_" in name)
 
     def output_weight(self):
         """Return the weight (V, D) that turns hidden states into logits.
@@ -687,14 +685,12 @@ class Decoder(nn.Module):
             position = (cache.prompt_length + cache.used - cache.num_prompt_columns).unsqueeze(1)
         frequency = frequencies(self.config, tokens.device)
         angle = position[:, None, :, None] * frequency                            # (., 1, L, E/2)
-        rotation = angle.cos(), angle.sin()
+        cos, sin = angle.cos(), angle.sin()
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.model.embed_tokens(tokens).float()
             for block in self.model.layers:
-                if self.checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(block, x, rotation, use_reentrant=False)
-                else:
-                    x = block(x, rotation, cache)
+                x = (checkpoint(block, x, cos, sin, use_reentrant=False)
+                     if self.checkpointing and not cache else block(x, cos, sin, cache))
             x = self.model.norm(x)
         if cache:
             cache.used += tokens.shape[1]
@@ -703,7 +699,7 @@ class Decoder(nn.Module):
 
 def frequencies(config, device):
     """Compute the rotary frequencies of a head, (E/2,), in radians per position."""
-    rope, size = config["rope"], config["head_dim"]
+    rope, size = config["rope_parameters"], config["head_dim"]
     frequency = rope["rope_theta"] ** -(torch.arange(0, size, 2, device=device).float() / size)
     if rope["rope_type"] == "llama3":  # low frequencies are scaled down, for long contexts
         turns = frequency * rope["original_max_position_embeddings"] / (2 * math.pi)
@@ -716,11 +712,15 @@ def frequencies(config, device):
 # --- Models and their files ---
 
 
+def read_json(path):
+    """Return the content of a JSON file, {} if it is missing."""
+    return json.loads(Path(path).read_text("utf-8")) if Path(path).exists() else {}
+
+
 def read_config(config, folder):
     """Fill in the defaults of a config.json; exit if Decoder does not support the model."""
     rope = {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default"}
-    rope |= config.get("rope_scaling") or {}
-    rope |= config.get("rope_parameters") or {}
+    rope |= config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope["rope_type"] = rope.get("type", rope["rope_type"])
     found = {"model_type": None} | rope | config
     if "sliding_attention" in (config.get("layer_types") or []):
@@ -736,33 +736,28 @@ def read_config(config, folder):
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     defaults = {"num_key_value_heads": heads, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
                 "max_position_embeddings": 2048}
-    return defaults | config | {"head_dim": head_dim, "rope": rope}
+    return defaults | config | {"head_dim": head_dim, "rope_parameters": rope}
 
 
 def load_model(args):
     """Return the config, the weights by name and the Tokenizer of a Hugging Face model."""
-    from safetensors.torch import load_file
-
     folder = Path(args.model) if Path(args.model).is_dir() else download(args.model)
     for pattern in ("config.json", "tokenizer.json", "*.safetensors"):
         if not list(folder.glob(pattern)):
-            raise SystemExit(f"--model {args.model}: {pattern} is missing; save the model and the "
-                             "tokenizer with save_pretrained of transformers to get all files")
-    config = read_config(json.loads((folder / "config.json").read_text("utf-8")), args.model)
-    weights = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(path)  # memory-mapped: read when used
+            raise SystemExit(f"--model {args.model}: no {pattern}; save_pretrained writes it")
+    config = read_config(read_json(folder / "config.json"), args.model)
+    weights = {name: weight for path in folder.glob("*.safetensors")  # read when used
+               for name, weight in safetensors.torch.load_file(path).items()}
     return config, weights, Tokenizer(folder, json.loads(args.chat_template_kwargs))
 
 
 def download(model):
     """Download a model from the Hugging Face hub; return its folder."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-
     try:
-        config = Path(hf_hub_download(model, "config.json"))
-        read_config(json.loads(config.read_text("utf-8")), model)  # exits if it is not supported
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+        config = huggingface_hub.hf_hub_download(model, "config.json")
+        read_config(read_json(config), model)  # exits if it is not supported
+        return Path(huggingface_hub.snapshot_download(
+            model, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
     except (OSError, ValueError) as error:
         raise SystemExit(f"--model {model}: no such folder, and no download from the hub: "
                          f"{' '.join(str(error).split()):.300}") from error
@@ -771,40 +766,29 @@ def download(model):
 def make_model(config, weights, device, args, is_reference=False):
     """Make a Decoder with these weights (name -> tensor), sharded if there are several processes.
 
-    The model is built on the meta device and gets its weights one by one, so that no process ever
-    holds all of a sharded model.
+    The weights of files are memory-mapped. Each block becomes float32 just before it is sharded, so
+    that no process ever holds all of a sharded model.
     """
     with torch.device("meta"):
         rank = 0 if is_reference else args.lora_rank
         model = Decoder(config, rank, args.bf16, args.gradient_checkpointing)
     if is_reference:
         model.requires_grad_(False)
+    elif not (args.lora_rank or dist.is_initialized()):  # copied, as the optimizer writes into them
+        weights = {name: weight.clone() for name, weight in weights.items()}
+    for name in model.load_state_dict(weights, strict=False, assign=True).missing_keys:
+        if "lora_" not in name:
+            raise SystemExit(f"--model {args.model}: no tensor {name} in its safetensors files")
     if dist.is_initialized():
         precision = MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32,
                                          cast_forward_inputs=False)
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
         for module in (*model.model.layers, model):
-            fully_shard(module, mesh=mesh, mp_policy=precision)
+            fully_shard(module.float(), mesh=mesh, mp_policy=precision)
             # Add up the gradients: each process computes a part of the mean.     [C5]
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    new_weights = {}
-    for name, param in model.named_parameters():
-        if "lora_a" in name:
-            weight = torch.randn(param.shape) / param.shape[1] ** 0.5
-        elif "lora_b" in name:  # so the adapter starts at 0
-            weight = torch.zeros(param.shape)
-        elif name in weights:
-            weight = weights[name]
-        else:
-            raise SystemExit(f"--model {args.model}: no tensor {name} in its safetensors files")
-        weight = weight.to(device, torch.float32)
-        if isinstance(param, DTensor) and not isinstance(weight, DTensor):
-            weight = distribute_tensor(weight, param.device_mesh, param.placements,
-                                       src_data_rank=None)  # each process copies its part
-        # The optimizer writes into trained weights, so these must not share memory with others.
-        new_weights[name] = weight.clone() if param.requires_grad else weight
-    model.load_state_dict(new_weights, assign=True)
+    model.to(device, torch.float32)
     if args.compile:
         for block in model.model.layers:
             block.compile(dynamic=True)
@@ -849,7 +833,7 @@ def update_sampler(sampler, model):
 
 def full_tensor(tensor):
     """Return the full tensor of a sharded one, other tensors as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
 def save_model(folder, model, tokenizer):
@@ -857,20 +841,17 @@ def save_model(folder, model, tokenizer):
 
     Adapters are merged. All processes must take part.
     """
-    from safetensors.torch import save_file
-
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = dcp.get_model_state_dict(model, options=options)
+    weights = dcp.get_model_state_dict(model, options=options)
     if get_rank() > 0:
         return
-    weights = {name: weight for name, weight in state.items() if "lora_" not in name}
-    for name in [name for name in state if "lora_b" in name]:
-        lora_a, base = name.replace("lora_b", "lora_a"), name.replace("lora_b", "weight")
-        weights[base] = weights[base] + LORA_SCALE * state[name] @ state[lora_a]
+    for name in [name for name in weights if "lora_b" in name]:
+        lora_b, lora_a = weights.pop(name), weights.pop(name.replace("lora_b", "lora_a"))
+        base = name.replace("lora_b", "weight")
+        weights[base] = weights[base] + LORA_SCALE * lora_b @ lora_a
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    config = {name: value for name, value in model.config.items() if name != "rope"}
-    config |= {"dtype": "float32", "torch_dtype": "float32"}
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = model.config | {"dtype": "float32", "torch_dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     tokenizer.save(folder)
 
@@ -878,73 +859,45 @@ def save_model(folder, model, tokenizer):
 # --- Tokenizer and chat template ---
 
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
 class Tokenizer:
     """The tokenizer, chat template and stop tokens of a Hugging Face folder."""
 
     def __init__(self, folder, template_kwargs):
-        import tokenizers
-
         self.folder = folder
         self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        settings = self.read_json("tokenizer_config.json")
+        settings = read_json(folder / "tokenizer_config.json")
         special_tokens = {name: value["content"] if isinstance(value, dict) else value
                           for name, value in settings.items() if name.endswith("_token") and value}
-        self.template_values = special_tokens | template_kwargs
+        self.template_values = {"tools": None, "documents": None} | special_tokens | template_kwargs
+        self.template = settings.get("chat_template")
+        if (folder / "chat_template.jinja").exists():
+            self.template = (folder / "chat_template.jinja").read_text("utf-8")
+        if isinstance(self.template, list):  # several, by name
+            templates = {each["name"]: each["template"] for each in self.template}
+            self.template = templates.get("default")
         ids = [self.tokenizer.token_to_id(special_tokens.get("eos_token", ""))]
         for file in ("config.json", "generation_config.json"):
-            found = self.read_json(file).get("eos_token_id")
+            found = read_json(folder / file).get("eos_token_id")
             ids += found if isinstance(found, list) else [found]
-        self.stop_ids = [i for i in dict.fromkeys(ids) if i is not None]
+        # The token that ends a turn in the chat template is a stop token, too.
+        turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        with contextlib.suppress(ValueError):  # no template, or one that refuses these messages
+            after_answer = self.render(turn, False).rpartition("answer")[2].lstrip()
+            special_ids = self.tokenizer.get_added_tokens_decoder()
+            ids += [token for token in self.encode(after_answer)[:1] if token in special_ids]
+        self.stop_ids = [token for token in dict.fromkeys(ids) if token is not None]
         if not self.stop_ids:
             raise SystemExit(f"--model {folder}: no end-of-sequence token in its files")
-        template = settings.get("chat_template")
-        if (folder / "chat_template.jinja").exists():
-            template = (folder / "chat_template.jinja").read_text("utf-8")
-        if isinstance(template, list):  # several, by name
-            template = {each["name"]: each["template"] for each in template}.get("default")
-        self.template_source, self.template = template, None  # compiled when it is needed
-
-    def read_json(self, name):
-        """Return the content of a file of the folder, {} if it is missing."""
-        path = self.folder / name
-        return json.loads(path.read_text("utf-8")) if path.exists() else {}
-
-    def load_template(self):
-        """Compile the chat template. The token that ends its turns becomes a stop token."""
-        import jinja2.sandbox  # the template is code that may not be trusted
-
-        if not self.template_source:
-            raise ValueError("there are chat messages, but the model has no chat template")
-        jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
-        jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # not for HTML
-        # Some templates mark what an assistant says, with tags that only transformers knows.
-        source = re.sub(r"({%-?\s*)generation(\s*-?%})", r"\1if true\2", self.template_source)
-        source = re.sub(r"({%-?\s*)endgeneration(\s*-?%})", r"\1endif\2", source)
-        self.template = jinja.from_string(source)
-        turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        with contextlib.suppress(ValueError):  # a template may refuse this conversation
-            after_answer = self.render(turn, False).rpartition("answer")[2].lstrip()
-            first = self.encode(after_answer)[:1]
-            if first and first[0] in self.tokenizer.get_added_tokens_decoder():
-                self.stop_ids += [token for token in first if token not in self.stop_ids]
 
     def render(self, messages, add_generation_prompt):
         """Return the text of chat messages, with the beginning of an assistant's turn if wanted."""
-        import jinja2
-
+        if not self.template:
+            raise ValueError("there are chat messages, but the model has no chat template")
+        values = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            if self.template is None:
-                self.load_template()
-            return self.template.render(
-                {"messages": messages, "add_generation_prompt": add_generation_prompt,
-                 "tools": None, "documents": None} | self.template_values)
+            return compile_template(self.template).render(values | self.template_values)
         except jinja2.TemplateError as error:
             raise ValueError(f"chat template: {error}") from error
 
@@ -955,22 +908,24 @@ class Tokenizer:
         return self.tokenizer.decode(tokens, skip_special_tokens)
 
     def save(self, folder):
-        for pattern in ("*token*.json", "chat_template.jinja"):
-            for path in self.folder.glob(pattern):
-                shutil.copy(path, folder)
-        # With the token that ends the turns of the chat template, see load_template.
-        generation = self.read_json("generation_config.json") | {"eos_token_id": self.stop_ids}
+        for path in [*self.folder.glob("*token*.json"), *self.folder.glob("chat_template.jinja")]:
+            (folder / path.name).write_bytes(path.read_bytes())
+        generation = read_json(self.folder / "generation_config.json")
+        generation["eos_token_id"] = self.stop_ids  # with the token that ends a turn
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
 
 
-def check_messages(name, messages):
-    """Raise ValueError unless this value of a row is a list of chat messages with texts."""
-    valid = isinstance(messages, list) and messages and all(
-        isinstance(message, dict) and isinstance(message.get("content"), str)
-        and message.get("role") in ROLES for message in messages)
-    if not valid:
-        raise ValueError(f"`{name}` must be a text, or chat messages with `content`, a text, and "
-                         f"`role`: {', '.join(ROLES)}")
+@functools.cache
+def compile_template(source):
+    """Compile a chat template as transformers does; it is code that may not be trusted."""
+    jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
+    # Jinja's own filter is for HTML.
+    jinja.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+    # Some templates mark what an assistant says, with tags that only transformers knows.
+    source = re.sub(r"({%-?\s*)(end)?generation(\s*-?%})", r"\1set _ = 0\3", source)
+    return jinja.from_string(source)
 
 
 def raise_exception(message):
@@ -986,14 +941,29 @@ def split_hash(prompt):
     return random.Random(json.dumps(prompt)).random()
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def check_part(name, part):
+    """Raise ValueError unless this value of a row is a text or a list of chat messages."""
+    messages = part if isinstance(part, list) else [{"role": "user", "content": part}]
+    for message in messages:
+        is_message = isinstance(message, dict) and message.get("role") in ROLES
+        if not is_message or not isinstance(message.get("content"), str):
+            raise ValueError(f"`{name}` must be a text, or chat messages with `content`, a text, "
+                             f"and `role`: {', '.join(ROLES)}")
+    if not messages or not messages[-1]["content"].strip():
+        raise ValueError(f"`{name}` is empty")
+
+
 def encode_prompt(prompt, tokenizer):
     """Return the token ids of a text, or of chat messages through the chat template.
 
     If the last message is the assistant's, the model continues it.
     """
+    check_part("prompt", prompt)
     if isinstance(prompt, str):
         return tokenizer.encode(prompt, add_special_tokens=True)
-    check_messages("prompt", prompt)
     if prompt[-1]["role"] != "assistant":
         return tokenizer.encode(tokenizer.render(prompt, add_generation_prompt=True))
     last = prompt[-1] | {"content": prompt[-1]["content"] + "<end of message> "}
@@ -1021,16 +991,14 @@ def load_examples(args, tokenizer, config, reward):
     def check(row):
         if reward is default_reward:
             check_answer(row.get("answer"), tokenizer, args.max_completion_length)
-        length = len(encode_prompt(row.get("prompt"), tokenizer))
-        if not row["prompt"] or length == 0:
-            raise ValueError("the prompt is empty")
-        return row if length <= room else None
+        return row if len(encode_prompt(row.get("prompt"), tokenizer)) <= room else None
 
     # split_hash is random, but equal for equal prompts. Sorted by it, held-out rows come first.
     rows = sorted(read_rows(args.data, check, args.skip_bad_rows),
                   key=lambda row: split_hash(row["prompt"]))
     num_heldout = max(min(args.eval_prompts, len(rows) // 10), 1)
-    limit = split_hash(rows[num_heldout - 1]["prompt"])  # equal prompts stay together
+    # Equal prompts stay together.
+    limit = max((split_hash(row["prompt"]) for row in rows[:num_heldout]), default=0.0)
     heldout = [row for row in rows if split_hash(row["prompt"]) <= limit]
     train_rows = rows[len(heldout):]
     if not train_rows:
@@ -1039,8 +1007,6 @@ def load_examples(args, tokenizer, config, reward):
         print(f"{len(train_rows)} prompts to learn from, {len(heldout)} held out")
         prompt = encode_prompt(train_rows[0]["prompt"], tokenizer)
         print(f"A prompt as the model sees it:\n{tokenizer.decode(prompt, False)}")
-        if tokenizer.template_source and not tokenizer.template:
-            print("All prompts are texts: the chat template of the model is not used.")
     return lambda rng: rng.choice(train_rows), heldout
 
 
@@ -1074,18 +1040,17 @@ def read_rows(path, convert, skip_bad_rows):
     opener = gzip.open if str(path).endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
-            items = file.readlines()
-        if next(filter(str.strip, items), "").lstrip().startswith("["):
-            items = map(json.dumps, json.loads("".join(items)))
+            text = file.read()
+        items = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
     except (OSError, EOFError, ValueError) as error:
         raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
     rows, bad = [], Counter()
     for number, item in enumerate(items, 1):
-        if not item.strip():  # an empty line
+        if isinstance(item, str) and not item.strip():  # an empty line
             continue
         try:
             with contextlib.suppress(ValueError):  # no JSON: stays a text, which is refused
-                item = json.loads(item)
+                item = json.loads(item) if isinstance(item, str) else item
             if not isinstance(item, dict):
                 raise ValueError("not a JSON object; expected JSON lines or a JSON array")
             rows.append(convert(item))
@@ -1098,8 +1063,6 @@ def read_rows(path, convert, skip_bad_rows):
         print(f"{path}: {len(used)} rows used, {len(rows) - len(used)} too long, {bad.total()} bad")
         for reason, count in bad.most_common(10):
             print(f"  {count} skipped: {reason}")
-    if not used:
-        raise SystemExit(f"--data {path}: no rows that can be used")
     return used
 
 
@@ -1174,8 +1137,8 @@ class Characters:
     def encode(self, text, add_special_tokens=False):
         return [self.symbols.index(character) for character in text]
 
-    def decode(self, tokens):
-        return "".join(self.symbols[token] for token in tokens if token != 0)
+    def decode(self, tokens, skip_special_tokens=True):
+        return "".join(self.symbols[token] for token in tokens if token or not skip_special_tokens)
 
 
 def addition(rng, held_out=False):
@@ -1216,11 +1179,9 @@ def pretrain(args, device):
             nn.init.normal_(param, std=0.1)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=True)
     rng = random.Random(f"pretrain {args.seed}")
-    bar = tqdm(range(args.pretrain_steps), "pretraining", leave=False,
-               disable=get_rank() > 0 or None)  # None: shown in a terminal only
-    for step in bar:
-        remaining = 1 - step / args.pretrain_steps
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 3 * remaining)
+    num_steps = args.pretrain_steps
+    for step in tqdm(range(num_steps), "pretraining", leave=False, disable=get_rank() > 0 or None):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 3 * (1 - step / num_steps))
         examples = [addition(rng) for _ in range(256)]
         rows = [(tokenizer.encode(example["prompt"]),
                  tokenizer.encode(example["pretrain_answer"]) + tokenizer.stop_ids)
@@ -1323,13 +1284,17 @@ def get_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def all_gather_object(value):
+    """Return the values of all processes, in order of rank. It waits until all have called it."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def all_gather(tensor):
     """Return the rows (n, ...) of all processes as one tensor on the CPU, in order of rank."""
-    if not dist.is_initialized():
-        return tensor.cpu()
-    tensors = [None] * dist.get_world_size()
-    dist.all_gather_object(tensors, tensor.cpu())
-    return torch.cat(tensors)
+    return torch.cat(all_gather_object(tensor.cpu()))
 
 
 def all_reduce_sum(tensor):
@@ -1372,8 +1337,8 @@ def load_checkpoint(folder):
     return torch.load(Path(folder) / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
 
 
-# The attributes of Logger that a checkpoint keeps.
-PROGRESS = ("step", "seconds", "score", "csv_size", "transcripts_size", "wandb_id")
+# The attributes of Logger that a checkpoint keeps, as they are at the start.
+PROGRESS = {"step": 0, "seconds": 0.0, "score": math.nan, "csv_size": 0, "wandb_id": None}
 
 
 class Logger:
@@ -1386,13 +1351,11 @@ class Logger:
 
     def __init__(self, args, model, optimizer, pretrained):
         self.args, self.model, self.optimizer, self.pretrained = args, model, optimizer, pretrained
-        self.step, self.seconds, self.score = 0, 0.0, math.nan
-        self.csv_size, self.transcripts_size = 0, 0
-        self.wandb, self.wandb_id, self.interrupted = None, None, False
-        task = Path(args.data).stem or "addition"
-        name = f"{Path(__file__).stem}-{task}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        # Only the first process writes into its folder; the others do not use theirs.
-        self.dir = Path(args.resume or args.run_dir or f"runs/{name}-{time.time_ns() % 10**9}")
+        self.wandb, self.interrupted = None, False
+        vars(self).update(PROGRESS)
+        name = f"{Path(__file__).stem}-{Path(args.data).stem or 'addition'}-{args.seed}"
+        name += f"-{datetime.now():%Y%m%d-%H%M%S-%f}"  # process 0 decides
+        self.dir = Path(args.resume or args.run_dir or f"runs/{all_gather_object(name)[0]}")
         if args.resume:
             self.load()
         self.start, self.saved_at = time.perf_counter() - self.seconds, time.perf_counter()
@@ -1403,10 +1366,8 @@ class Logger:
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
         self.csv = (self.dir / "metrics.csv").open("a", buffering=1)
-        self.transcripts = (self.dir / "transcripts.jsonl").open("a", buffering=1, encoding="utf-8")
         # Drop rows that are newer than the checkpoint.
-        for file, size in ((self.csv, self.csv_size), (self.transcripts, self.transcripts_size)):
-            file.seek(file.truncate(min(size, file.tell())))
+        self.csv.seek(self.csv.truncate(min(self.csv_size, self.csv.tell())))
         if args.track:
             import wandb
 
@@ -1421,10 +1382,8 @@ class Logger:
 
     def stopped(self):
         """Whether --stop-at is reached, or Ctrl-C was pressed in any process; the same in all."""
-        interrupted = bool(all_gather(torch.tensor([self.interrupted])).any())
-        self.interrupted = self.interrupted or interrupted  # it may have changed in the meantime
         reached = self.args.stop_at is not None and self.score >= self.args.stop_at
-        return reached or interrupted
+        return any(all_gather_object(self.interrupted)) or reached
 
     def write(self, **metrics):
         """Log one batch; save a checkpoint from time to time."""
@@ -1440,17 +1399,17 @@ class Logger:
             self.csv_size = self.csv.tell()
             if self.wandb:
                 self.wandb.log(row, step=self.step)
-        waited = all_gather(torch.tensor([time.perf_counter() - self.saved_at]))
-        if waited[0] >= self.args.checkpoint_seconds:  # by the clock of the first process
+        waited = all_gather_object(time.perf_counter() - self.saved_at)[0]  # clock of process 0
+        if waited >= self.args.checkpoint_seconds:
             self.save()
 
     def write_transcripts(self, transcripts):
         """Add some completions of an evaluation to transcripts.jsonl."""
         if get_rank() == 0:
-            for transcript in transcripts:
-                row = {"step": self.step} | transcript
-                print(json.dumps(row, ensure_ascii=False), file=self.transcripts)
-            self.transcripts_size = self.transcripts.tell()
+            with (self.dir / "transcripts.jsonl").open("a", encoding="utf-8") as file:
+                for transcript in transcripts:
+                    row = {"step": self.step} | transcript
+                    print(json.dumps(row, ensure_ascii=False), file=file)
 
     def save(self):
         """Write checkpoint.pt: what is trained, and the tiny GPT's weights before GRPO.
@@ -1459,18 +1418,16 @@ class Logger:
         """
         options = dcp.StateDictOptions(
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        state = {"args": asdict(self.args), "optimizer": None,
+        # Before the first step the optimizer has no state, and dcp would take a step to create it.
+        optimizers = [self.optimizer] if self.optimizer.state else []
+        weights, optimizer = dcp.get_state_dict(self.model, optimizers, options=options)
+        state = {"args": asdict(self.args), "model": weights, "optimizer": optimizer,
                  "progress": {name: getattr(self, name) for name in PROGRESS},
-                 "pretrained": self.pretrained,
-                 "model": dcp.get_model_state_dict(self.model, options=options)}
-        if self.optimizer.state:  # if it is empty, dcp would take a step to create it
-            state["optimizer"] = dcp.get_optimizer_state_dict(
-                self.model, self.optimizer, options=options)
+                 "pretrained": self.pretrained}
         if get_rank() == 0:  # first under another name, so that it is never partly written
             torch.save(state, self.dir / "checkpoint.tmp")
             (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
-        if dist.is_initialized():
-            dist.barrier()  # torchrun may end process 0 when the others leave
+        all_gather_object(None)  # wait: torchrun may end process 0 when the others leave
         self.saved_at = time.perf_counter()
 
     def load(self):
@@ -1478,10 +1435,9 @@ class Logger:
         saved = load_checkpoint(self.args.resume)
         vars(self).update(saved["progress"])
         options = dcp.StateDictOptions(full_state_dict=True, strict=False)
-        dcp.set_model_state_dict(self.model, saved["model"], options=options)
-        if saved["optimizer"]:
-            dcp.set_optimizer_state_dict(
-                self.model, self.optimizer, saved["optimizer"], options=options)
+        optimizers = [self.optimizer] if saved["optimizer"] else []
+        dcp.set_state_dict(self.model, optimizers, model_state_dict=saved["model"],
+                           optim_state_dict=saved["optimizer"], options=options)
 
     def __enter__(self):
         self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
@@ -1495,12 +1451,11 @@ class Logger:
         if kind is None or (issubclass(kind, Exception) and is_whole):
             self.save()
         signal.signal(signal.SIGINT, self.old_handler)
-        if kind is None:
-            self.stopped()  # after that, self.interrupted is the same in all processes
+        interrupted = kind is None and any(all_gather_object(self.interrupted))
         if get_rank() == 0 and kind is not SystemExit:  # a mistake of the user's has its own line
             print(f"score {self.score:.3f} after {self.step} batches, {self.seconds:.0f} s; "
                   f"files in {self.dir}")
-        if self.interrupted and kind in (None, KeyboardInterrupt):
+        if interrupted or kind is KeyboardInterrupt:
             raise SystemExit(130)
 
 

@@ -51,9 +51,7 @@ def script(request):
 
 @pytest.fixture
 def chatml(tmp_path):
-    tokenizer = dpo.Tokenizer(make_folder(tmp_path / "chatml", "chatml"), {})
-    tokenizer.template_source = tokenizer.template  # for grpo.py
-    return tokenizer
+    return dpo.Tokenizer(make_folder(tmp_path / "chatml", "chatml"), {})
 
 
 def question(text, answer=None):
@@ -201,12 +199,12 @@ def test_white_space_before_the_token_that_ends_a_turn(script, tmp_path):
     assert tokenizer.decode(tokenizer.stop_ids, False) == "<|end_of_text|><|im_end|>"
 
 
-def test_template_is_compiled_only_for_messages(tmp_path):
+def test_a_broken_template_does_not_matter_for_texts(script, tmp_path):
     (make_folder(tmp_path, "chatml") / "chat_template.jinja").write_text("{% broken")
-    tokenizer = grpo.Tokenizer(tmp_path, {})
-    assert prompt_ids(grpo, tokenizer, "Hi") == tokenizer.encode("Hi")
+    tokenizer = script.Tokenizer(tmp_path, {})
+    assert prompt_ids(script, tokenizer, "Hi") == tokenizer.encode("Hi")
     with pytest.raises(ValueError, match="chat template"):
-        prompt_ids(grpo, tokenizer, question("Hi"))
+        prompt_ids(script, tokenizer, question("Hi"))
 
 
 @pytest.mark.parametrize("messages", [
@@ -219,8 +217,7 @@ def test_what_is_no_conversation_is_refused(script, chatml, messages):
 
 def test_all_roles_of_chat_templates_are_accepted(script):
     roles = ("system", "developer", "user", "assistant", "tool")
-    check = grpo.check_messages if script is grpo else dpo.check_part
-    check("prompt", [{"role": role, "content": "Hi"} for role in roles])
+    script.check_part("prompt", [{"role": role, "content": "Hi"} for role in roles])
 
 
 def test_example_is_printed_with_special_tokens(chatml, capsys):
@@ -361,7 +358,7 @@ def test_a_pair_without_a_prompt_is_bad(row, words, tmp_path):
 def test_an_empty_prompt_is_bad(tmp_path):
     tokenizer = grpo.Tokenizer(make_folder(tmp_path, "llama3"), {})
     args = arguments(data=str(write(tmp_path / "rows.jsonl", [{"prompt": "", "answer": "1"}])))
-    with pytest.raises(SystemExit, match="row 1: the prompt is empty"):
+    with pytest.raises(SystemExit, match="row 1: `prompt` is empty"):
         grpo.load_examples(args, tokenizer, positions(500), grpo.default_reward)
 
 
@@ -462,11 +459,7 @@ def test_bad_rows_are_named_or_counted_by_reason(script, tmp_path, capsys):
     with pytest.raises(SystemExit, match="row 2: odd"):
         script.read_rows(path, parse, False)
     path.write_text("")
-    if script is dpo:  # load_pairs says that there are too few pairs
-        assert script.read_rows(path, parse, True) == []
-    else:
-        with pytest.raises(SystemExit, match="no rows that can be used"):
-            script.read_rows(path, parse, True)
+    assert script.read_rows(path, parse, True) == []
 
 
 # Prompts and answers of GRPO
@@ -688,7 +681,7 @@ def test_weights_in_another_format_are_named(script, tmp_path):
     folder = make_folder(tmp_path, "chatml")
     (folder / "config.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(SystemExit, match=r"\*.safetensors is missing|no \*.safetensors"):
+    with pytest.raises(SystemExit, match=r"no \*.safetensors"):
         script.load_model(SimpleNamespace(model=str(folder)))
 
 

