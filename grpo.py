@@ -746,8 +746,9 @@ def load_model(args):
         if not list(folder.glob(pattern)):
             raise SystemExit(f"--model {args.model}: no {pattern}; save_pretrained writes it")
     config = read_config(read_json(folder / "config.json"), args.model)
-    weights = {name: weight for path in folder.glob("*.safetensors")  # read when used
-               for name, weight in safetensors.torch.load_file(path).items()}
+    weights = {}
+    for path in folder.glob("*.safetensors"):
+        weights |= safetensors.torch.load_file(path)  # memory-mapped: read when used
     return config, weights, Tokenizer(folder, json.loads(args.chat_template_kwargs))
 
 
