@@ -21,32 +21,33 @@ maximizes E[r] − β KL(π‖π_ref). (5) is (4), solved for r. So each policy 
 reward r̂(x, y) = β log π(y|x)/π_ref(y|x), up to β log Z(x), which cancels in the difference of two
 rewards. With r̂ in (1), the negative log-likelihood of the pairs is the loss (7).
 
-The gradient of a pair pushes log π(y_w) up and log π(y_l) down, both with the weight
+A step on a pair pushes log π(y_w) up and log π(y_l) down, both with the weight
 β σ(r̂(y_l) − r̂(y_w)), which is large where r̂ prefers the worse answer. The loss depends only on
 the difference of the two, so log π(y_w) may fall if log π(y_l) falls more.
 
 Implementation choices:
 [C1] Flags select published variants. Δ is the difference in brackets in (7). In Δ', each log π and
-     log π_ref is divided by the number of tokens of its answer:
-       name       loss of a pair                      usual values  arXiv
-       DPO        −log σ(βΔ)                          β 0.1         2305.18290
-       cDPO       −(1−ε) log σ(βΔ) − ε log σ(−βΔ)     β 0.1, ε 0.1  (Mitchell, 2023)
-       IPO        (Δ − 1/(2β))²                       β 0.1         2310.12036
-       DPO-norm   −log σ(βΔ')                         β 5           2411.15124
-       SimPO      −log σ(βΔ' − γ), without π_ref      β 2, γ 1      2405.14734
-       RPO        −log σ(βΔ) − α log π(y_w) / |y_w|   β 0.1, α 1    2404.19733
-     cDPO is --label-smoothing ε, IPO --loss-type ipo, DPO-norm --length-normalize, SimPO
-     --length-normalize --reference-free --gamma-margin γ, RPO --nll-coef α.
-[C2] log π_ref is computed once, before training: two numbers per pair, one model in memory.
+     log π_ref is divided by the number of tokens of its answer. With usual values, β 0.1 if none:
+       name      loss of a pair                     flags                           arXiv
+       DPO       −log σ(βΔ)                                                         2305.18290
+       cDPO      −(1−ε) log σ(βΔ) − ε log σ(−βΔ)    --label-smoothing 0.1 (ε)       (Mitchell, 2023)
+       IPO       (Δ − 1/(2β))²                      --loss-type ipo                 2310.12036
+       DPO-norm  −log σ(βΔ')                        --length-normalize --beta 5     2411.15124
+       SimPO     −log σ(βΔ' − γ), without π_ref     --length-normalize --beta 2     2405.14734
+                                                    --reference-free --gamma-margin 1 (γ)
+       RPO       −log σ(βΔ) − α log π(y_w)/|y_w|    --nll-coef 1 (α)                2404.19733
+[C2] π_ref is the model before training; it should already know how to answer. log π_ref is computed
+     once, before training: two numbers per pair, one model in memory.
 [C3] The learning rate rises in the first batches and then falls linearly to 0.
 [C4] Prompt and answer are tokenized separately, so no token spans both. Tokenizers that add a space
      at the beginning of a text, such as that of Llama 2, add one to each answer.
 [C5] Means are over the whole batch, so the gradient does not depend on --micro-batch-size or on
      the number of processes.
-[C6] The stop token is part of the answer and is trained on. The prompt is not. If chosen and
-     rejected are whole conversations, the answers begin with the first message that differs. All
-     that follows is trained on, also later messages of the user. Answers that are too long lose
-     their end.
+[C6] The stop token is part of the answer and is trained on. The prompt is not.
+[C7] If chosen and rejected are whole conversations, the answers begin with the first message that
+     differs. All that follows is trained on, also later messages of the user.
+[C8] An answer that is too long loses its end. A pair is left out if its prompt leaves no room for
+     an answer, or if its answers are equal up to the cut.
 
 Shapes: P pairs given to a function, which are R = 2 P rows (chosen, rejected, chosen, ...) of L
 inputs and targets; K trained tokens, V vocabulary size, D hidden size, E size of an attention head.
@@ -151,45 +152,49 @@ def preference_loss(logprob, ref_logprob, length, beta, loss_type="sigmoid", lab
     logprob and ref_logprob are log π and log π_ref of the chosen and the rejected answer, (P, 2),
     sums over their tokens; length (P, 2) is the number of tokens.
     """
-    nll = -logprob[:, 0] / length[:, 0]  # of the chosen answer, per token
-    log_ratio = logprob - ref_logprob                                             # (5), over β
+    log_ratio = logprob - ref_logprob                                             # (5): r̂ / β
     if length_normalize:
         log_ratio = log_ratio / length
     log_ratio_diff = log_ratio[:, 0] - log_ratio[:, 1]                            # Δ or Δ'
-    if loss_type == "ipo":
-        return (log_ratio_diff - 1 / (2 * beta)).square() + nll_coef * nll
-    logit = beta * log_ratio_diff - gamma_margin
-    loss, flipped_loss = -F.logsigmoid(logit), -F.logsigmoid(-logit)              # (1), (7)
-    loss = (1 - label_smoothing) * loss + label_smoothing * flipped_loss          # [C1]
-    return loss + nll_coef * nll
+    if loss_type == "ipo":  # has no label smoothing and no margin
+        loss = (log_ratio_diff - 1 / (2 * beta)).square()
+    else:
+        logit = beta * log_ratio_diff - gamma_margin
+        loss, flipped_loss = -F.logsigmoid(logit), -F.logsigmoid(-logit)          # (1), (7)
+        loss = (1 - label_smoothing) * loss + label_smoothing * flipped_loss      # [C1]
+    return loss - nll_coef * logprob[:, 0] / length[:, 0]                         # [C1]: RPO
 
 
 def best_policy(ref_logprob, reward, beta):
     """Compute log π* (..., Y) of all Y answers from their log π_ref and rewards (..., Y).
 
-    DPO does not need it. The tiny GPT, whose answers can be enumerated, is compared with it.
+    It is the aim of the loss (7), not of its variants. DPO does not need it. The tiny GPT, whose
+    answers can be enumerated, is compared with it.
     """
     return (ref_logprob + reward / beta).log_softmax(-1)                          # (4)
 
 
-def target_logprobs(hidden, targets, weight):
+def chunk_logprobs(hidden, output_weight, targets):
     """Compute log π of targets (K,), float32, from hidden states (K, D) and weight (V, D)."""
-    logits = F.linear(hidden, weight).float()                                 # (K, V)
+    logits = F.linear(hidden, output_weight).float()                          # (K, V)
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
-def token_logprobs(hidden, weight, targets, mask, chunk_size=1024):
+def token_logprobs(hidden, output_weight, targets, mask, chunk_size=1024):
     """Compute log π of the targets where mask is True, 0 elsewhere; (R, L), like targets and mask.
 
-    hidden (R, L, D) are the model's last hidden states, weight (V, D) turns them into logits. This
-    equals logits.log_softmax(-1).gather(-1, targets), but the logits are computed in chunks of
+    hidden (R, L, D) are the last hidden states of the model, output_weight (V, D) gives the logits.
+    For a model of transformers these are model.base_model(inputs).last_hidden_state and
+    model.get_output_embeddings().weight; rows padded at the end need no attention mask.
+
+    This equals logits.log_softmax(-1).gather(-1, targets), but the logits are computed in chunks of
     tokens, and again in the backward pass: those of all tokens, (K, V), would be the largest tensor
     by far.
     """
-    hidden, weight = hidden[mask], weight.to(hidden.dtype)                    # (K, D), (V, D)
+    hidden, output_weight = hidden[mask], output_weight.to(hidden.dtype)      # (K, D), (V, D)
     chunks = zip(hidden.split(chunk_size), targets[mask].split(chunk_size))
-    logprobs = [checkpoint(target_logprobs, hidden_chunk, target_chunk, weight, use_reentrant=False)
-                for hidden_chunk, target_chunk in chunks]
+    logprobs = [checkpoint(chunk_logprobs, hidden_chunk, output_weight, target_chunk,
+                           use_reentrant=False) for hidden_chunk, target_chunk in chunks]
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, torch.cat(logprobs))  # puts the K values where mask is True
 
@@ -211,10 +216,10 @@ def pad_batch(rows, device):
 def encode_answer(text, tokenizer):
     """Return the token ids of an answer, which end with a stop token.
 
-    White space after the last stop token, from the chat template, is cut off. An answer that does
-    not end with a stop token gets one.
+    If white space alone follows the last stop token, as in chat templates, it is cut off. An answer
+    that does not end with a stop token gets one.
     """
-    ids = tokenizer.encode(text)                                                  # [C4]
+    ids = tokenizer.encode(text, add_special_tokens=False)                        # [C4]
     ends = [i + 1 for i, token in enumerate(ids) if token in tokenizer.stop_ids]
     if ends and not tokenizer.decode(ids[ends[-1]:]).strip():
         return ids[:ends[-1]]
@@ -239,7 +244,8 @@ def answer_logprobs(model, pairs, device):
     """Compute log π of the answers, (P, 2): the sum over their tokens."""
     rows = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
     inputs, targets, mask = pad_batch(rows, device)
-    logprob = token_logprobs(model(inputs), model.output_weight(), targets, mask)     # (R, L)
+    hidden = model(inputs)  # first, as only then FSDP has the whole output weight
+    logprob = token_logprobs(hidden, model.output_weight(), targets, mask)        # (R, L)
     return logprob.sum(1).view(-1, 2)
 
 
@@ -261,7 +267,7 @@ def all_answer_logprobs(model, pairs, micro_batch_size, device, title="reference
                       disable=get_rank() > 0 or None):  # None: shown in a terminal only
         part = [pairs[i] for i in indices[start:start + micro_batch_size]]
         logprobs.append(answer_logprobs(model, part, device).cpu())
-    result = torch.zeros(len(pairs), 2)
+    result = torch.zeros(len(pairs), 2)  # in the order of pairs again
     result[all_gather(torch.tensor(indices))] = all_gather(torch.cat(logprobs))
     return result
 
@@ -298,12 +304,13 @@ def update(model, optimizer, pairs, ref_logprob, args):
         part = slice(start, start + args.micro_batch_size)
         logprob = answer_logprobs(model, pairs[part], args.device)                # (P, 2) of part
         loss = preference_loss(logprob, ref_logprob[part], length[part], **loss_options(args))
-        sync_gradients(model, part.stop >= len(pairs))
+        set_gradient_sync(model, is_last=part.stop >= len(pairs))
         (loss.sum() / args.batch_size).backward()  # the pairs of all processes [C5]
         logprobs[part] = logprob.detach()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm,
                                          error_if_nonfinite=True)
     optimizer.step()
+    # Metrics, and the loss once more, over the pairs of all processes.
     logprobs, ref_logprob, length = map(all_gather, (logprobs, ref_logprob, length))
     metrics = mean_metrics(logprobs, ref_logprob, length, args)
     return metrics | {"grad_norm": full_tensor(grad_norm)}
@@ -601,7 +608,7 @@ def make_model(config, weights, device, args):
         mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
         for module in (*model.model.layers, model):
             fully_shard(module.float(), mesh=mesh, mp_policy=precision)
-            # Add up the gradients: each process computes a part of the mean.     [C5]
+            # Add up the gradients: update divides by the size of the whole batch already.    [C5]
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     model.to(device, torch.float32)
@@ -611,7 +618,7 @@ def make_model(config, weights, device, args):
     return model
 
 
-def sync_gradients(model, is_last):
+def set_gradient_sync(model, is_last):
     """Let the next backward pass add up the gradients of all processes, if it is the last one.
 
     Until then each process adds up its own.
@@ -793,9 +800,11 @@ def read_pair(row, tokenizer, max_length):
     chosen, rejected = (encode_answer(text, tokenizer) for text in answers)
     if chosen == rejected:
         raise ValueError("`chosen` and `rejected` are equal")
-    room = max(max_length - len(prompt_ids), 0)
+    room = max(max_length - len(prompt_ids), 0)                                   # [C8]
+    if chosen[:room] == rejected[:room]:  # also if there is no room
+        return None
     pair = Pair(array("i", prompt_ids), array("i", chosen[:room]), array("i", rejected[:room]))
-    return (split_hash(prompt), pair) if pair.chosen != pair.rejected else None
+    return split_hash(prompt), pair
 
 
 def split_row(row):
@@ -814,8 +823,8 @@ def split_row(row):
     check_part("chosen", chosen)
     check_part("rejected", rejected)
     is_chat = isinstance(chosen, list)
-    # Answers that begin with another role are whole conversations, prompt included. A `prompt`,
-    # which may be formatted otherwise, is then ignored.
+    # Answers whose first message is not the assistant's are whole conversations, prompt included. A
+    # `prompt`, which may be formatted otherwise, is then ignored.                    [C7]
     if prompt is None or (is_chat and chosen[0]["role"] != "assistant"):
         prompt = common_beginning(chosen, rejected)
         chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
@@ -1020,6 +1029,7 @@ def evaluate_sums(model, tokenizer, ref_logprob, args):
         result[name] = sum(correct) / len(correct)
     examples, texts = examples[:16], [f"{n:03}" for n in range(1000)]
     answers = [encode_answer(text, tokenizer) for text in texts]
+    # all_answer_logprobs takes two answers per prompt. Which is chosen does not matter here.
     pairs = [Pair(tokenizer.encode(example["prompt"]), first, second)
              for example in examples for first, second in zip(answers[::2], answers[1::2])]
     logprob = all_answer_logprobs(model, pairs, args.micro_batch_size, args.device, "evaluation")
@@ -1254,11 +1264,11 @@ class Logger:
         if kind is None or (issubclass(kind, Exception) and not dist.is_initialized()):
             self.save()
         signal.signal(signal.SIGINT, self.old_handler)
-        stopped = kind is KeyboardInterrupt or (kind is None and self.stopped())
+        interrupted = kind is None and any(all_gather_object(self.interrupted))
         if get_rank() == 0 and kind is not SystemExit:  # a mistake of the user's has its own line
             print(f"score {self.score:.3f} after {self.step} batches, {self.seconds:.0f} s; "
                   f"files in {self.dir}")
-        if stopped:
+        if interrupted or kind is KeyboardInterrupt:
             raise SystemExit(130)
 
 

@@ -19,11 +19,13 @@ completion. Equation numbers refer to DeepSeekMath, arXiv 2402.03300:
 
 --preset grpo is this, except for [C3] and [C4]. The default is simpler: Â_i = r_i − mean r; β = 0,
 so there is no reference policy π_ref; and the mean is over all tokens of the batch, 1 / Σ_i |o_i|
-instead of 1/G Σ_i 1/|o_i|. It clips ρ to [0.8, 1.28].
+instead of 1/G Σ_i 1/|o_i|. The clip range of ρ is [0.8, 1.28], which has no effect with one update
+per batch [C2].
 
 Read train first, then generate_batch and update. Implementation choices:
-[C1] --preset selects a variant. "mean" is over all tokens of the batch, or over the tokens of each
-     completion and then over completions, or the sum is divided by a constant (token_weight).
+[C1] --preset selects a variant. "mean": over all tokens of the batch; over the tokens of each
+     completion, then over completions; or "constant", the sum over the tokens of a completion
+     divided by C, whatever its length, then the mean over completions (token_weight).
                 scale          loss type  mean        ratio     ε       ε_high  β     arXiv
        default  none           dapo       tokens      token     0.2     0.28    0
        grpo     group          grpo       completion  token     0.2     0.2     0.04  2402.03300
@@ -41,12 +43,12 @@ Read train first, then generate_batch and update. Implementation choices:
      is −Â ∇log π, as in REINFORCE with a baseline. The clip range, "cispo" and the ratio of a
      sequence matter only with --num-iterations > 1. The trainer computes log π_old; the log π of
      the sampler is used in metrics only.
-[C3] The KL term is ρ k3. Given the tokens before it, o_t comes from π_old, so the mean of ρ k3 is
-     KL(π‖π_ref) of this token, and the mean of its gradient is the gradient of this KL. The paper
-     leaves out ρ: with π = π_old the value is the same, but the gradient is that of KL(π_ref‖π),
-     another divergence. How a token changes the KL of later tokens is left out in both.
-[C4] Groups with equal rewards have Â = 0. They are skipped, also in the KL term, and are not
-     counted in the means.
+[C3] The KL term is ρ k3. o_t comes from π_old, so the mean of ρ k3 is that of k3 over tokens of π:
+     KL(π‖π_ref) of this token, given those before it. The gradient is that of this KL, too. The
+     paper leaves out ρ: with π = π_old the value is the same, but the gradient is that of
+     KL(π_ref‖π), another divergence. How a token changes the KL of later ones is left out in both.
+[C4] Groups with equal rewards have Â = 0. They are skipped, also in the KL term, and are left out
+     of the number of rows and tokens by which the loss is divided.
 [C5] Means are over the whole batch, so for given completions the gradient does not depend on
      --micro-batch-size or on the number of processes.
 [C6] The stop token is part of the completion and is trained on. The prompt is not.
@@ -167,7 +169,8 @@ def group_advantage(reward, scale_rewards):
         return advantage
     if scale_rewards == "leave-one-out":  # equals r minus the mean of the other completions
         return advantage * reward.shape[1] / (reward.shape[1] - 1)
-    std = reward.std(1, keepdim=True) if scale_rewards == "group" else reward.std()  # or "batch"
+    # "batch": of all groups, of all processes
+    std = all_gather(reward).std() if scale_rewards == "batch" else reward.std(1, keepdim=True)
     return advantage / (std + 1e-4)
 
 
@@ -214,12 +217,13 @@ def token_weight(mask, loss_type, num_rows, num_tokens, max_completion_length):
     return mask / num_tokens  # "dapo" and "cispo": mean over all tokens
 
 
-def grpo_loss(logprob, old_logprob, ref_logprob, advantage, mask, weight, loss_type="dapo",
+def grpo_loss(logprob, old_logprob, ref_logprob, advantage, mask, weight, *, loss_type="dapo",
               level="token", epsilon=0.2, epsilon_high=0.28, beta=0.0):
-    """Compute the loss of R rows, a scalar, with token weights (R, L).
+    """Compute the loss of R rows, a scalar.
 
     logprob, old_logprob and ref_logprob are log π, log π_old and log π_ref of the tokens, (R, L);
-    ref_logprob is not used if beta is 0. advantage is (R,), mask (R, L).
+    ref_logprob is not used if beta is 0. advantage is (R,). mask (R, L) is True at tokens to learn
+    from, weight (R, L) is their token_weight.
     """
     ratio = importance_ratio(logprob, old_logprob, mask, level)
     loss = policy_loss(ratio, logprob, advantage, loss_type, epsilon, epsilon_high)
@@ -228,23 +232,26 @@ def grpo_loss(logprob, old_logprob, ref_logprob, advantage, mask, weight, loss_t
     return (loss * weight).sum()
 
 
-def target_logprobs(hidden, targets, weight, temperature):
+def chunk_logprobs(hidden, output_weight, targets, temperature):
     """Compute log π of targets (K,), float32, from hidden states (K, D) and weight (V, D)."""
-    logits = F.linear(hidden, weight).float() / temperature                   # (K, V)
+    logits = F.linear(hidden, output_weight).float() / temperature            # (K, V)
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
-def token_logprobs(hidden, weight, targets, mask, temperature=1.0, chunk_size=1024):
+def token_logprobs(hidden, output_weight, targets, mask, temperature=1.0, chunk_size=1024):
     """Compute log π of the targets where mask is True, 0 elsewhere; (R, L), like targets and mask.
 
-    hidden (R, L, D) are the model's last hidden states, weight (V, D) turns them into logits. This
-    equals (logits / temperature).log_softmax(-1).gather(-1, targets), but the logits are computed
-    in chunks of tokens, and again in the backward pass: those of all tokens, (K, V), would be the
-    largest tensor by far.
+    hidden (R, L, D) are the last hidden states of the model, output_weight (V, D) gives the logits.
+    For a model of transformers these are model.base_model(inputs).last_hidden_state and
+    model.get_output_embeddings().weight; rows padded at the end need no attention mask.
+
+    This equals (logits / temperature).log_softmax(-1).gather(-1, targets), but the logits are
+    computed in chunks of tokens, and again in the backward pass: those of all tokens, (K, V), would
+    be the largest tensor by far.
     """
-    hidden, weight = hidden[mask], weight.to(hidden.dtype)                    # (K, D), (V, D)
+    hidden, output_weight = hidden[mask], output_weight.to(hidden.dtype)      # (K, D), (V, D)
     chunks = zip(hidden.split(chunk_size), targets[mask].split(chunk_size))
-    logprobs = [checkpoint(target_logprobs, hidden_chunk, target_chunk, weight, temperature,
+    logprobs = [checkpoint(chunk_logprobs, hidden_chunk, output_weight, target_chunk, temperature,
                            use_reentrant=False) for hidden_chunk, target_chunk in chunks]
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, torch.cat(logprobs))  # puts the K values where mask is True
@@ -269,7 +276,7 @@ class Completion(NamedTuple):
 
     prompt: list  # token ids
     tokens: list  # token ids, the stop token included
-    logprobs: list  # log π of each token, as the sampler computed it
+    logprobs: list  # log π of each token, as the sampler computed it; for metrics only
     finished: bool  # False if it was cut at C tokens
 
 
@@ -301,9 +308,7 @@ def generate_batch(sampler, tokenizer, examples, reward, args):
     completions = generate(sampler, tokenizer, examples, args)
     rewards = torch.tensor([float(reward(completion_text(completion, tokenizer), examples[i // G]))
                             for i, completion in enumerate(completions)]).view(-1, G)  # (B, G)
-    # "batch" needs the rewards of all processes. Then each process takes its own groups back.
-    advantage = group_advantage(all_gather(rewards), args.scale_rewards)
-    advantage = advantage.split(len(rewards))[get_rank()].flatten()               # (R,)
+    advantage = group_advantage(rewards, args.scale_rewards).flatten()            # (R,)
     equal_rewards = (rewards == rewards[:, :1]).all(1).repeat_interleave(G)       # (R,)  [C4]
     finished = torch.tensor([completion.finished for completion in completions])
     trained = ~equal_rewards
@@ -324,27 +329,28 @@ def update(model, reference, optimizer, batch, args):
     num_tokens = all_reduce_sum(batch.mask.sum())
     weight = token_weight(batch.mask, args.loss_type, num_rows, num_tokens,
                           args.max_completion_length)                             # (R, L)
-    # log π, log π_old and log π_ref of each token
-    logprobs, old_logprobs, ref_logprobs = torch.zeros(3, *weight.shape, device=weight.device)
+    logprobs = torch.zeros_like(weight)      # log π of each token
+    old_logprobs = torch.zeros_like(weight)  # log π_old
+    ref_logprobs = torch.zeros_like(weight)  # log π_ref
     mean_loss = torch.zeros((), device=weight.device)  # over the iterations
     for iteration in range(args.num_iterations):
         optimizer.zero_grad()
-        for part in batch.micro_batches:  # slices of the rows and columns of the tensors (R, L)
+        for rows, columns in batch.micro_batches:  # slices of the tensors (R, L)
+            part = rows, columns
             inputs, targets, mask = batch.inputs[part], batch.targets[part], batch.mask[part]
-            logprob = token_logprobs(model(inputs), model.output_weight(), targets, mask,
-                                     args.temperature)
+            hidden = model(inputs)  # first, as only then FSDP has the whole output weight
+            logprob = token_logprobs(hidden, model.output_weight(), targets, mask, args.temperature)
             logprobs[part] = logprob.detach()
             if iteration == 0:  # π is still π_old, so that needs no forward pass of its own [C2]
                 old_logprobs[part] = logprob.detach()
             if iteration == 0 and reference:  # its parameters are frozen, so no_grad is not needed
                 ref_logprobs[part] = token_logprobs(
                     reference(inputs), reference.output_weight(), targets, mask, args.temperature)
-            rows, _ = part
             loss = grpo_loss(logprob, old_logprobs[part], ref_logprobs[part],
-                             batch.advantage[rows], mask, weight[part], args.loss_type,
-                             args.importance_sampling_level, args.epsilon, args.epsilon_high,
-                             args.beta)
-            sync_gradients(model, part == batch.micro_batches[-1])
+                             batch.advantage[rows], mask, weight[part], loss_type=args.loss_type,
+                             level=args.importance_sampling_level, epsilon=args.epsilon,
+                             epsilon_high=args.epsilon_high, beta=args.beta)
+            set_gradient_sync(model, is_last=part == batch.micro_batches[-1])
             loss.backward()
             mean_loss += loss.detach() / args.num_iterations
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm,
@@ -365,12 +371,7 @@ def train(args, reward=None):
     sample_example, heldout = load_examples(args, tokenizer, config, reward)
     eval_every = plan_evaluations(len(heldout), args)
     model = make_model(config, weights, device, args)
-    reference = None
-    if args.beta:
-        initial = weights
-        if args.lora_rank and not dist.is_initialized():
-            initial = dict(model.named_parameters())  # shares the frozen weights of the model
-        reference = make_model(config, initial, device, args, is_reference=True)
+    reference = make_reference(model, weights, device, args) if args.beta else None
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, args.learning_rate, weight_decay=0.0, fused=True)
     pretrained = None if args.model else weights  # for checkpoints; a --model can be read again
@@ -423,10 +424,12 @@ def make_batch(completions, advantage, trained, args):
     # FSDP: each process must run the same number of micro-batches. Those with fewer rows to learn
     # from also run some of the other rows, whose mask is empty.
     max_rows = int(all_gather(trained.sum().view(1)).max())
-    # Columns beyond the first row of a micro-batch hold no token to learn from: it is the longest.
-    micro_batches = [(slice(start, min(start + args.micro_batch_size, max_rows)),
-                      slice(0, lengths[order[start]] - 1))
-                     for start in range(0, max_rows, args.micro_batch_size)]
+    micro_batches = []
+    for start in range(0, max_rows, args.micro_batch_size):
+        stop = min(start + args.micro_batch_size, max_rows)
+        # Its first row is the longest to learn from. Columns beyond it are left out.
+        num_columns = lengths[order[start]] - 1
+        micro_batches.append((slice(start, stop), slice(0, num_columns)))
     return Batch(inputs, targets, mask, sampled_logprob[:, 1:].to(device),
                  advantage[order].to(device), micro_batches)
 
@@ -786,7 +789,7 @@ def make_model(config, weights, device, args, is_reference=False):
         mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
         for module in (*model.model.layers, model):
             fully_shard(module.float(), mesh=mesh, mp_policy=precision)
-            # Add up the gradients: each process computes a part of the mean.     [C5]
+            # Add up the gradients: update divides by the size of the whole batch already.    [C5]
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     model.to(device, torch.float32)
@@ -796,7 +799,14 @@ def make_model(config, weights, device, args, is_reference=False):
     return model
 
 
-def sync_gradients(model, is_last):
+def make_reference(model, weights, device, args):
+    """Make the policy π_ref, which has the initial weights and is not trained."""
+    if args.lora_rank and not dist.is_initialized():  # share those that LoRA does not train
+        weights = dict(model.named_parameters())
+    return make_model(model.config, weights, device, args, is_reference=True)
+
+
+def set_gradient_sync(model, is_last):
     """Let the next backward pass add up the gradients of all processes, if it is the last one.
 
     Until then each process adds up its own.

@@ -249,8 +249,8 @@ def test_loss_and_gradient_equal_trl(loss_type, level, beta):
         logprob = (old + 0.4 * torch.sin(torch.arange(28.0)).view(4, 7)).requires_grad_()
         if ours:
             weight = grpo.token_weight(mask, loss_type, 4, mask.sum(), 9)
-            loss = grpo.grpo_loss(logprob, old, ref, advantage, mask, weight, loss_type, level,
-                                  0.2, 0.3, beta)
+            loss = grpo.grpo_loss(logprob, old, ref, advantage, mask, weight, loss_type=loss_type,
+                                  level=level, epsilon_high=0.3, beta=beta)
         else:
             high = 1.3 if loss_type == "cispo" else 0.3  # TRL's is the bound itself there
             loss = trl_loss(logprob, old, advantage, mask, ref, loss_type, level, 0.2, high, beta)
