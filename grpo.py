@@ -19,8 +19,7 @@ completion. Equation numbers refer to DeepSeekMath, arXiv 2402.03300:
 
 --preset grpo is this, except for [C3] and [C4]. The default is simpler: Â_i = r_i − mean r; β = 0,
 so there is no reference policy π_ref; and the mean is over all tokens of the batch, 1 / Σ_i |o_i|
-instead of 1/G Σ_i 1/|o_i|. The clip range of ρ is [0.8, 1.28], which has no effect with one update
-per batch [C2].
+instead of 1/G Σ_i 1/|o_i|. ρ is clipped to [0.8, 1.28], if there are several updates per batch.
 
 Read train first, then generate_batch and update. Implementation choices:
 [C1] --preset selects a variant. "mean": over all tokens of the batch; over the tokens of each
@@ -41,8 +40,7 @@ Read train first, then generate_batch and update. Implementation choices:
      still π_old. So ρ = 1, nothing is clipped, and the value of the loss says nothing about
      progress. But the gradient is not 0: ∇ρ = ρ ∇log π = ∇log π. So the gradient of a token's loss
      is −Â ∇log π, as in REINFORCE with a baseline. The clip range, "cispo" and the ratio of a
-     sequence matter only with --num-iterations > 1. The trainer computes log π_old; the log π of
-     the sampler is used in metrics only.
+     sequence matter only with --num-iterations > 1. The trainer computes log π_old itself.
 [C3] The KL term is ρ k3. o_t comes from π_old, so the mean of ρ k3 is that of k3 over tokens of π:
      KL(π‖π_ref) of this token, given those before it. The gradient is that of this KL, too. The
      paper leaves out ρ: with π = π_old the value is the same, but the gradient is that of
