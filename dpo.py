@@ -82,6 +82,7 @@ import re
 import signal
 import sys
 import time
+import zlib
 from array import array
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -679,7 +680,7 @@ class Tokenizer:
             ids += found if isinstance(found, list) else [found]
         # The token that ends a turn in the chat template is a stop token, too.
         turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        with contextlib.suppress(ValueError):  # no template, or one that refuses these messages
+        with contextlib.suppress(ValueError, TypeError):  # no template, or one that fails here
             after_answer = self.render(turn, False).rpartition("answer")[2].lstrip()
             special_ids = self.tokenizer.get_added_tokens_decoder()
             ids += [token for token in self.encode(after_answer)[:1] if token in special_ids]
@@ -717,8 +718,7 @@ def compile_template(source):
     jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
-    # Jinja's own filter is for HTML.
-    jinja.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+    jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # not for HTML
     # Some templates mark what an assistant says, with tags that only transformers knows.
     source = re.sub(r"({%-?\s*)(end)?generation(\s*-?%})", r"\1set _ = 0\3", source)
     return jinja.from_string(source)
@@ -797,6 +797,8 @@ def read_pair(row, tokenizer, max_length):
             raise ValueError("the chat template changes the prompt when an answer follows")
         answers = [text.removeprefix(start) for text in answers]
     prompt_ids = tokenizer.encode(start, add_special_tokens=isinstance(prompt, str))
+    if not prompt_ids:
+        raise ValueError("`prompt` has no tokens")
     chosen, rejected = (encode_answer(text, tokenizer) for text in answers)
     if chosen == rejected:
         raise ValueError("`chosen` and `rejected` are equal")
@@ -875,7 +877,7 @@ def read_rows(path, convert, skip_bad_rows):
         with opener(path, "rt", encoding="utf-8-sig") as file:
             text = file.read()
         items = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
     rows, bad = [], Counter()
     for number, item in enumerate(items, 1):

@@ -89,6 +89,7 @@ import re
 import signal
 import sys
 import time
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
@@ -777,7 +778,8 @@ def make_model(config, weights, device, args, is_reference=False):
     if is_reference:
         model.requires_grad_(False)
     elif not (args.lora_rank or dist.is_initialized()):  # copied, as the optimizer writes into them
-        weights = {name: weight.clone() for name, weight in weights.items()}
+        weights = {name: weight.to(device, torch.float32, copy=True)
+                   for name, weight in weights.items()}
     for name in model.load_state_dict(weights, strict=False, assign=True).missing_keys:
         if "lora_" not in name:
             raise SystemExit(f"--model {args.model}: no tensor {name} in its safetensors files")
@@ -892,7 +894,7 @@ class Tokenizer:
             ids += found if isinstance(found, list) else [found]
         # The token that ends a turn in the chat template is a stop token, too.
         turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        with contextlib.suppress(ValueError):  # no template, or one that refuses these messages
+        with contextlib.suppress(ValueError, TypeError):  # no template, or one that fails here
             after_answer = self.render(turn, False).rpartition("answer")[2].lstrip()
             special_ids = self.tokenizer.get_added_tokens_decoder()
             ids += [token for token in self.encode(after_answer)[:1] if token in special_ids]
@@ -930,8 +932,7 @@ def compile_template(source):
     jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     jinja.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
-    # Jinja's own filter is for HTML.
-    jinja.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+    jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # not for HTML
     # Some templates mark what an assistant says, with tags that only transformers knows.
     source = re.sub(r"({%-?\s*)(end)?generation(\s*-?%})", r"\1set _ = 0\3", source)
     return jinja.from_string(source)
@@ -1000,7 +1001,10 @@ def load_examples(args, tokenizer, config, reward):
     def check(row):
         if reward is default_reward:
             check_answer(row.get("answer"), tokenizer, args.max_completion_length)
-        return row if len(encode_prompt(row.get("prompt"), tokenizer)) <= room else None
+        length = len(encode_prompt(row.get("prompt"), tokenizer))
+        if length == 0:
+            raise ValueError("`prompt` has no tokens")
+        return row if length <= room else None
 
     # split_hash is random, but equal for equal prompts. Sorted by it, held-out rows come first.
     rows = sorted(read_rows(args.data, check, args.skip_bad_rows),
@@ -1051,7 +1055,7 @@ def read_rows(path, convert, skip_bad_rows):
         with opener(path, "rt", encoding="utf-8-sig") as file:
             text = file.read()
         items = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
     rows, bad = [], Counter()
     for number, item in enumerate(items, 1):

@@ -141,7 +141,7 @@ def test_json_in_a_template_is_as_in_transformers(script, tmp_path):
     folder = make_folder(tmp_path, "chatml")
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages if m.tool_calls %}{{ m.tool_calls | tojson }} "
-        "{{ m.tool_calls | tojson(indent=2) }}{% endfor %}")
+        "{{ m.tool_calls | tojson(ensure_ascii=False, indent=2) }}{% endfor %}")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     call = {"z": "Zürich's <b>", "a": 1}
     messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
@@ -199,12 +199,32 @@ def test_white_space_before_the_token_that_ends_a_turn(script, tmp_path):
     assert tokenizer.decode(tokenizer.stop_ids, False) == "<|end_of_text|><|im_end|>"
 
 
-def test_a_broken_template_does_not_matter_for_texts(script, tmp_path):
-    (make_folder(tmp_path, "chatml") / "chat_template.jinja").write_text("{% broken")
+@pytest.mark.parametrize("template, error", [
+    ("{% broken", "chat template"), ("{% for tool in tools %}{% endfor %}", "not iterable")])
+def test_a_template_that_fails_does_not_matter_for_texts(template, error, script, tmp_path):
+    (make_folder(tmp_path, "chatml") / "chat_template.jinja").write_text(template)
     tokenizer = script.Tokenizer(tmp_path, {})
     assert prompt_ids(script, tokenizer, "Hi") == tokenizer.encode("Hi")
-    with pytest.raises(ValueError, match="chat template"):
+    with pytest.raises((ValueError, TypeError), match=error):  # read_rows names the row
         prompt_ids(script, tokenizer, question("Hi"))
+
+
+def test_a_prompt_without_tokens_is_bad(script, tmp_path):
+    """Some tokenizers drop the characters that they do not know."""
+    folder = make_folder(tmp_path / "base", "llama3")
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    tokens["post_processor"] = None
+    del tokens["model"]["vocab"]["x"]
+    tokens["model"]["unk_token"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    tokenizer = script.Tokenizer(folder, {})
+    assert tokenizer.encode("x") == []
+    row = {"prompt": "x", "chosen": "a", "rejected": "b", "answer": "1"}
+    with pytest.raises((ValueError, SystemExit), match="`prompt` has no tokens"):
+        if script is dpo:
+            dpo.read_pair(row, tokenizer, 99)
+        args = arguments(data=str(write(tmp_path / "rows.jsonl", [row])))
+        grpo.load_examples(args, tokenizer, positions(500), grpo.default_reward)
 
 
 @pytest.mark.parametrize("messages", [
@@ -787,3 +807,81 @@ def test_download_has_weights_tokenizer_and_chat_template(script, tmp_path, monk
         asked.extend(allow_patterns) or tmp_path))
     assert script.download("owner/name") == tmp_path
     assert {"*.json", "*.jinja", "*.safetensors"} <= set(asked)
+
+
+def test_a_template_is_compiled_once(script, tmp_path, monkeypatch):
+    """Not for each row: that takes hundreds of times as long as to use it."""
+    compiled, jinja = [], script.jinja2.sandbox.ImmutableSandboxedEnvironment
+    from_string = jinja.from_string
+    monkeypatch.setattr(jinja, "from_string", lambda self, source: (
+        compiled.append(source), from_string(self, source))[1])
+    folder = make_folder(tmp_path, "chatml")
+    (folder / "chat_template.jinja").write_text(
+        f"{{# {script.__name__} #}}" + (folder / "chat_template.jinja").read_text())
+    tokenizer = script.Tokenizer(folder, {})
+    for text in ("Hi", "Ho", "Hu"):
+        assert text in tokenizer.render(question(text), True)
+    assert len(compiled) == 1
+
+
+def test_an_empty_message_before_the_last_one_is_allowed(script, chatml):
+    """Such as the empty system prompt of many data sets."""
+    empty = {"role": "system", "content": ""}
+    assert prompt_ids(script, chatml, [empty, *question("Hi")])
+    for content in ("", " \n"):
+        with pytest.raises(ValueError, match="`prompt` is empty"):
+            prompt_ids(script, chatml, [SYSTEM, {"role": "user", "content": content}])
+
+
+def test_an_incomplete_gz_file_is_refused_in_one_line(script, tmp_path):
+    path = write(tmp_path / "a.jsonl.gz", [{"n": n} for n in range(1000)])
+    whole = path.read_bytes()
+    for damaged in (whole[:-20], whole[:200] + bytes(200) + whole[400:]):
+        path.write_bytes(damaged)
+        with pytest.raises(SystemExit, match=r"a\.jsonl\.gz: expected JSON lines or a JSON array"):
+            script.read_rows(path, lambda row: row, True)
+
+
+def test_white_space_before_an_array(script, tmp_path):
+    (tmp_path / "a.json").write_text("\n  [\n{\"n\": 1},\n{\"n\": 2}\n]\n")
+    assert script.read_rows(tmp_path / "a.json", dict, False) == [{"n": 1}, {"n": 2}]
+
+
+def test_after_a_checkpoint_the_time_begins_anew(script, tmp_path, monkeypatch):
+    """A batch takes 4 of the 10 seconds between checkpoints, on a clock that the test moves."""
+    saved, clock = [], [0.0]
+    monkeypatch.setattr(script.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch, "save", lambda state, path: (
+        saved.append(state["progress"]["step"]), path.write_bytes(b"")))
+    args = script.default_args(checkpoint_seconds=10.0, run_dir=str(tmp_path), device="cpu")
+    model = torch.nn.Linear(1, 1)
+    pretrained = [None] if script is grpo else []
+    log = script.Logger(args, model, torch.optim.AdamW(model.parameters()), *pretrained)
+    for step in range(1, 10):
+        clock[0] += 4
+        log.step = step
+        log.write()
+    assert saved == [3, 6, 9]
+
+
+def test_one_token_after_an_answer_is_a_stop_token(script, tmp_path):
+    """Not what may follow it, such as the beginning of the next turn."""
+    folder = make_folder(tmp_path, "chatml")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}<|im_end|><|im_start|>{% endfor %}")
+    tokenizer = script.Tokenizer(folder, {})
+    assert tokenizer.decode(tokenizer.stop_ids, False) == "<|im_end|>"
+
+
+def test_flag_replaces_a_special_token_of_the_files(script, tmp_path):
+    folder = make_folder(tmp_path, "llama3")
+    text = script.Tokenizer(folder, {"bos_token": ""}).render(question("Hi"), True)
+    assert "Hi" in text and "<|begin_of_text|>" not in text
+
+
+def test_only_the_first_process_prints_the_rows_of_a_file(script, tmp_path, capsys, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", [{"n": 1}])
+    for rank, lines in ((0, 1), (1, 0)):
+        monkeypatch.setattr(script, "get_rank", lambda: rank)  # noqa: B023
+        script.read_rows(path, dict, False)
+        assert capsys.readouterr().out.count("rows used") == lines

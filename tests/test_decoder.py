@@ -466,3 +466,62 @@ def test_stop_tokens_of_the_config(script, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [3, 17]}))
     (tmp_path / "generation_config.json").unlink(missing_ok=True)
     assert load(script, tmp_path)[1].stop_ids == [3, 17]
+
+
+def test_a_model_without_one_of_its_weights_is_refused_in_one_line(script, tmp_path):
+    """Such as a download that lacks one of several files."""
+    write(tmp_path, "llama", max_shard_size="20KB")
+    sorted(tmp_path.glob("*.safetensors"))[0].unlink()
+    with pytest.raises(SystemExit) as stop:
+        load(script, tmp_path)
+    message = stop.value.code
+    assert f"--model {tmp_path}: no tensor" in message and "\n" not in message
+
+
+def test_flags_of_memory_and_precision_reach_the_model(script, tmp_path):
+    write(tmp_path, "llama")
+    for on in (False, True):
+        model, _ = load(script, tmp_path, bf16=on, gradient_checkpointing=on)
+        assert model.bf16 == model.checkpointing == on
+
+
+def test_only_the_first_process_writes_the_export(script, tmp_path, monkeypatch):
+    write(tmp_path, "llama")
+    model, tokenizer = load(script, tmp_path)
+    monkeypatch.setattr(script, "get_rank", lambda: 1)
+    script.save_model(tmp_path / "out", model, tokenizer)
+    assert not (tmp_path / "out").exists()
+
+
+def test_templates_by_name_without_a_default_do_not_matter_for_texts(script, tmp_path):
+    write(tmp_path, "llama")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"eos_token": "w3", "chat_template": [{"name": "tools", "template": "w1"}]}))
+    text = load(script, tmp_path)[1]
+    assert text.encode("w5 w6") == [5, 6]
+    with pytest.raises(ValueError, match="no chat template"):
+        text.render([{"role": "user", "content": "w5"}], True)
+
+
+def test_token_0_may_be_the_stop_token(script, tmp_path):
+    """As in base models of SmolLM2."""
+    write(tmp_path, FAMILIES["llama"] | {"eos_token_id": 0})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "w0"}))
+    assert load(script, tmp_path)[1].stop_ids == [0]
+
+
+def test_a_process_of_several_copies_no_weights_of_a_file(monkeypatch):
+    """It shares them until a block is sharded: a model may be larger than the memory."""
+    base = grpo.Decoder(grpo.read_config(grpo.tiny_config(11), "tiny"))
+    weights, seen = {name: x.detach() for name, x in base.state_dict().items()}, []
+
+    def shard(module, mesh, mp_policy):
+        seen.extend(param.data_ptr() for param in module.parameters())
+        module.set_gradient_divide_factor = module.set_force_sum_reduction_for_comms = print
+
+    monkeypatch.setattr(grpo.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(grpo.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(grpo.dist, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(grpo, "fully_shard", shard)
+    grpo.make_model(base.config, weights, CPU, grpo.default_args(device="cpu"))
+    assert set(seen) == {weight.data_ptr() for weight in weights.values()}

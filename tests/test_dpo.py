@@ -1512,3 +1512,41 @@ def test_a_new_run_makes_pairs_of_its_own(tmp_path):
     args = flags(train_pairs=60, eval_pairs=40)
     pairs, heldout = dpo.load_pairs(args, TEXT, make_tiny(), tmp_path)
     assert (len(pairs), len(heldout)) == (60, 40)
+
+
+def test_all_processes_have_the_folder_of_the_first(monkeypatch):
+    """They read the tiny GPT's pairs there."""
+    monkeypatch.setattr(dpo, "get_rank", lambda: 1)
+    monkeypatch.setattr(dpo, "all_gather_object", lambda name: ["of-the-first", name])
+    assert dpo.Logger(flags(), None, None).dir == Path("runs/of-the-first")
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save({"args": Code()}, tmp_path / "checkpoint.pt")
+    assert "not a run" in call(capsys, "--resume", tmp_path)[0]
+    assert not (tmp_path / "made").exists()
+
+
+def test_second_ctrl_c_exits_with_130(llama, tmp_path, capsys, monkeypatch):
+    """In one line, without a traceback."""
+
+    def update(*args):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(dpo, "update", update)
+    code = None
+    with contextlib.suppress(KeyboardInterrupt):  # it would end pytest
+        code, out, _ = call(capsys, *llama, "--run-dir", tmp_path)
+    assert code == 130 and "after 0 batches" in out
+
+
+def test_a_mistake_in_the_data_ends_in_its_line_alone(llama, tmp_path, capsys):
+    """No score of a run that did not begin."""
+    message, out, _ = call(capsys, *llama, "--data", write_rows(tmp_path, GOOD | {"chosen": " "}),
+                           "--run-dir", tmp_path / "run")
+    assert "row 1: `chosen` is empty" in message and "score" not in out

@@ -1848,3 +1848,34 @@ def test_norms_of_a_bf16_sampler_stay_in_float32():
     dtypes = {("norm" in name, param.dtype)
               for name, param in grpo.make_sampler(model, args).named_parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("waited, count", [((0.0, 1e9), 0), ((1e9, 0.0), 1)])
+def test_checkpoints_go_by_the_clock_of_the_first_process(waited, count, monkeypatch):
+    """Saving needs all processes, so all must decide the same."""
+    log, saves = grpo.Logger.__new__(grpo.Logger), []
+    monkeypatch.setattr(grpo, "get_rank", lambda: 1)
+    monkeypatch.setattr(grpo, "all_gather_object", lambda _: waited)
+    bar = SimpleNamespace(set_postfix=lambda **_: None, update=lambda: None)
+    vars(log).update(args=flags(), bar=bar, start=0.0, saved_at=0.0, score=0.0,
+                     save=lambda: saves.append(1))
+    log.write()
+    assert len(saves) == count
+
+
+def test_the_seconds_of_a_resumed_run_go_on(tmp_path, capsys):
+    assert call(capsys, *SHORT, "--max-steps", 1, "--run-dir", tmp_path)[0] == 0
+    state = saved(tmp_path)
+    state["progress"]["seconds"] = 5000.0
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert call(capsys, "--resume", tmp_path, "--max-steps", 2)[0] == 0
+    *_, last = csv.DictReader((tmp_path / "metrics.csv").open())
+    assert float(last["seconds"]) > 5000
+
+
+def test_gradients_are_exchanged_once_per_update(monkeypatch):
+    """After the last micro-batch: not after each, which would cost as much traffic each time."""
+    model, last, args = tiny(), [], flags(micro_batch_size=5)
+    monkeypatch.setattr(grpo, "sync_gradients", lambda model, is_last: last.append(is_last))
+    gradient(model, recorded_batch(*random_rows(), args)[0], args)
+    assert last == [False, False, True]
