@@ -89,7 +89,6 @@ import re
 import signal
 import sys
 import time
-import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
@@ -1055,7 +1054,7 @@ def read_rows(path, convert, skip_bad_rows):
         with opener(path, "rt", encoding="utf-8-sig") as file:
             text = file.read()
         items = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise SystemExit(f"--data {path}: expected JSON lines or a JSON array: {error}") from error
     rows, bad = [], Counter()
     for number, item in enumerate(items, 1):

@@ -220,11 +220,12 @@ def test_a_prompt_without_tokens_is_bad(script, tmp_path):
     tokenizer = script.Tokenizer(folder, {})
     assert tokenizer.encode("x") == []
     row = {"prompt": "x", "chosen": "a", "rejected": "b", "answer": "1"}
+    args = arguments(data=str(write(tmp_path / "rows.jsonl", [row])))
     with pytest.raises((ValueError, SystemExit), match="`prompt` has no tokens"):
         if script is dpo:
             dpo.read_pair(row, tokenizer, 99)
-        args = arguments(data=str(write(tmp_path / "rows.jsonl", [row])))
-        grpo.load_examples(args, tokenizer, positions(500), grpo.default_reward)
+        else:
+            grpo.load_examples(args, tokenizer, positions(500), grpo.default_reward)
 
 
 @pytest.mark.parametrize("messages", [
@@ -835,11 +836,9 @@ def test_an_empty_message_before_the_last_one_is_allowed(script, chatml):
 
 def test_an_incomplete_gz_file_is_refused_in_one_line(script, tmp_path):
     path = write(tmp_path / "a.jsonl.gz", [{"n": n} for n in range(1000)])
-    whole = path.read_bytes()
-    for damaged in (whole[:-20], whole[:200] + bytes(200) + whole[400:]):
-        path.write_bytes(damaged)
-        with pytest.raises(SystemExit, match=r"a\.jsonl\.gz: expected JSON lines or a JSON array"):
-            script.read_rows(path, lambda row: row, True)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(SystemExit, match=r"a\.jsonl\.gz: expected JSON lines or a JSON array"):
+        script.read_rows(path, lambda row: row, True)
 
 
 def test_white_space_before_an_array(script, tmp_path):
