@@ -17,13 +17,14 @@ arXiv 2305.18290:
     loss = −E log σ(β [log π/π_ref(y_w|x) − log π/π_ref(y_l|x)])                         (7)
 
 (1) is the model of Bradley and Terry: a reward r explains the pairs. (4) is the policy that
-maximizes E[r] − β KL(π‖π_ref). (5) is (4), solved for r. So each policy π is the best one for the
-reward r̂(x, y) = β log π(y|x)/π_ref(y|x), up to β log Z(x), which cancels in the difference of two
-rewards. With r̂ in (1), the negative log-likelihood of the pairs is the loss (7).
+maximizes E[r] − β KL(π‖π_ref); Z(x) normalizes it and does not depend on y. (5) is (4), solved for
+r. So each policy π is the best one for the reward r̂(x, y) = β log π(y|x)/π_ref(y|x), up to
+β log Z(x), which cancels in the difference of two rewards. With r̂ in (1), the negative
+log-likelihood of the pairs is the loss (7).
 
-A step on a pair pushes log π(y_w) up and log π(y_l) down, both with the weight
-β σ(r̂(y_l) − r̂(y_w)), which is large where r̂ prefers the worse answer. The loss depends only on
-the difference of the two, so log π(y_w) may fall if log π(y_l) falls more.
+A gradient step raises log π(y_w) and lowers log π(y_l), both with the weight
+β σ(r̂(y_l) − r̂(y_w)), which is large where r̂ prefers the worse answer. The two share the weights
+of the model, and the loss depends only on their difference. So both may fall, log π(y_l) more.
 
 Implementation choices:
 [C1] Flags select published variants. Δ is the difference in brackets in (7). In Δ', each log π and
@@ -131,7 +132,7 @@ class Args:
     train_pairs: int = 25_000  # pairs to make for the tiny GPT
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before DPO
     eval_every: int = 20  # batches between evaluations; 0: automatic, about 5 % of the time
-    eval_pairs: int = 256  # held-out pairs, at most a tenth of the data but at least one
+    eval_pairs: int = 256  # held-out pairs, at most about a tenth of the data but at least one
     micro_batch_size: int = 256  # pairs per forward and backward pass; changes only memory [C5]
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
     lora_rank: int = 0  # train LoRA adapters of this rank instead of the weights
@@ -185,7 +186,8 @@ def token_logprobs(hidden, output_weight, targets, mask, chunk_size=1024):
 
     hidden (R, L, D) are the last hidden states of the model, output_weight (V, D) gives the logits.
     For a model of transformers these are model.base_model(inputs).last_hidden_state and
-    model.get_output_embeddings().weight; rows padded at the end need no attention mask.
+    model.get_output_embeddings().weight, unless it caps, scales or shifts its logits; rows padded
+    at the end need no attention mask.
 
     This equals logits.log_softmax(-1).gather(-1, targets), but the logits are computed in chunks of
     tokens, and again in the backward pass: those of all tokens, (K, V), would be the largest tensor
@@ -221,7 +223,7 @@ def encode_answer(text, tokenizer):
     """
     ids = tokenizer.encode(text, add_special_tokens=False)                        # [C4]
     ends = [i + 1 for i, token in enumerate(ids) if token in tokenizer.stop_ids]
-    if ends and not tokenizer.decode(ids[ends[-1]:]).strip():
+    if ends and not tokenizer.decode(ids[ends[-1]:], skip_special_tokens=True).strip():
         return ids[:ends[-1]]
     return ids + tokenizer.stop_ids[:1]                                           # [C6]
 
@@ -305,7 +307,8 @@ def update(model, optimizer, pairs, ref_logprob, args):
         logprob = answer_logprobs(model, pairs[part], args.device)                # (P, 2) of part
         loss = preference_loss(logprob, ref_logprob[part], length[part], **loss_options(args))
         set_gradient_sync(model, is_last=part.stop >= len(pairs))
-        (loss.sum() / args.batch_size).backward()  # the pairs of all processes [C5]
+        # FSDP adds up the gradients of the processes, so all pairs of the batch count.    [C5]
+        (loss.sum() / args.batch_size).backward()
         logprobs[part] = logprob.detach()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm,
                                          error_if_nonfinite=True)
@@ -317,7 +320,7 @@ def update(model, optimizer, pairs, ref_logprob, args):
 
 
 def train(args):
-    """Train a model. Return it and the score: in what share of held-out pairs it prefers chosen."""
+    """Train a model. Return it and the score: in what share of held-out pairs r̂ is right."""
     device = setup(args)
     config, weights, tokenizer = load_model(args) if args.model else pretrain(args, device)
     model = make_model(config, weights, device, args)

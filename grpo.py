@@ -241,7 +241,8 @@ def token_logprobs(hidden, output_weight, targets, mask, temperature=1.0, chunk_
 
     hidden (R, L, D) are the last hidden states of the model, output_weight (V, D) gives the logits.
     For a model of transformers these are model.base_model(inputs).last_hidden_state and
-    model.get_output_embeddings().weight; rows padded at the end need no attention mask.
+    model.get_output_embeddings().weight, unless it caps, scales or shifts its logits; rows padded
+    at the end need no attention mask.
 
     This equals (logits / temperature).log_softmax(-1).gather(-1, targets), but the logits are
     computed in chunks of tokens, and again in the backward pass: those of all tokens, (K, V), would
