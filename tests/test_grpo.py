@@ -1876,6 +1876,6 @@ def test_the_seconds_of_a_resumed_run_go_on(tmp_path, capsys):
 def test_gradients_are_exchanged_once_per_update(monkeypatch):
     """After the last micro-batch: not after each, which would cost as much traffic each time."""
     model, last, args = tiny(), [], flags(micro_batch_size=5)
-    monkeypatch.setattr(grpo, "sync_gradients", lambda model, is_last: last.append(is_last))
+    monkeypatch.setattr(grpo, "set_gradient_sync", lambda model, is_last: last.append(is_last))
     gradient(model, recorded_batch(*random_rows(), args)[0], args)
     assert last == [False, False, True]
