@@ -132,7 +132,7 @@ class Args:
     train_pairs: int = 25_000  # pairs to make for the tiny GPT
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before DPO
     eval_every: int = 20  # batches between evaluations; 0: automatic, about 5 % of the time
-    eval_pairs: int = 256  # held-out pairs, at most about a tenth of the data but at least one
+    eval_pairs: int = 256  # held-out pairs, at most about a tenth of the data, at least one
     micro_batch_size: int = 256  # pairs per forward and backward pass; changes only memory [C5]
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
     lora_rank: int = 0  # train LoRA adapters of this rank instead of the weights

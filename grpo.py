@@ -134,14 +134,14 @@ class Args:
     scale_rewards: Literal["group", "batch", "none", "leave-one-out"] = "none"  # how to scale [C1]
     loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = "dapo"  # objective and averaging [C1]
     importance_sampling_level: Literal["token", "sequence"] = "token"  # a ratio per token or row
-    epsilon: float = 0.2  # clip the ratio below 1 - epsilon
-    epsilon_high: float = 0.28  # clip the ratio above 1 + epsilon_high
+    epsilon: float = 0.2  # the ratio is clipped to at least 1 - epsilon
+    epsilon_high: float = 0.28  # the ratio is clipped to at most 1 + epsilon_high
     beta: float = 0.0  # coefficient of the KL divergence from the initial model
     num_iterations: int = 1  # updates per batch
     mask_truncated_completions: bool = False  # do not learn from completions without stop token
     pretrain_steps: int = 500  # supervised steps of the tiny GPT before GRPO
     eval_every: int = 20  # batches between evaluations; 0: automatic, about 10 % of the time
-    eval_prompts: int = 256  # held-out prompts, at most a tenth of the data but at least one
+    eval_prompts: int = 256  # held-out prompts, at most about a tenth of the data, at least one
     micro_batch_size: int = 1024  # rows per forward and backward pass; changes only memory [C5]
     sampling_batch_size: int = 1024  # rows to generate at a time: memory
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
@@ -181,9 +181,9 @@ def importance_ratio(logprob, old_logprob, mask, level):
 
 
 def policy_loss(ratio, logprob, advantage, loss_type, epsilon, epsilon_high):
-    """Compute the loss of each token, (R, L), or (R, 1) if the ratio is that of a sequence.
+    """Compute the loss of each token, (R, L), from logprob (R, L) and advantage (R,).
 
-    logprob is (R, L), advantage (R,).
+    With the ratio of a sequence, (R, 1), a clipped loss is (R, 1), too: that of each of its tokens.
     """
     advantage = advantage.unsqueeze(1)
     if loss_type == "cispo":  # the clipped ratio is only a weight: every token keeps its gradient
@@ -403,7 +403,7 @@ def train(args, reward=None):
     return model, log.score
 
 
-# --- The algorithm ends here. Below: sampling, the decoder, data, the reward, flags, logging. ---
+# --- The algorithm ends here. Below: batches, sampling, decoder, data, reward, flags, logging. ---
 
 
 # --- Micro-batches and metrics ---
